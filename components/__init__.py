@@ -1,0 +1,1 @@
+"""The parts that the Trainer and the models are made of; sibling rooms do not know each other."""

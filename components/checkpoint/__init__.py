@@ -1,0 +1,1 @@
+"""Storage with a commit protocol, what is saved, retention."""

@@ -1,0 +1,1 @@
+"""One torch-free dataclass per TOML section, and the machinery that fills them."""

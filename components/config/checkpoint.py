@@ -1,0 +1,48 @@
+"""What is saved, when, and what a run starts from: `[checkpoint]`."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from components.config.types import AllOrPositive, NonNegativeInt, PositiveInt
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """`[checkpoint]`."""
+
+    enable: bool = False
+    """Save checkpoints and resume from the latest valid one."""
+    enable_ft_dataloader_checkpoints: bool = True
+    """Per-replica loader state under fault tolerance; inactive without it."""
+    folder: str = "checkpoint"
+    """Folder inside `dump_folder` that holds the `step-N` folders."""
+    interval: PositiveInt = 500
+    """Steps between checkpoints; the last step is always saved."""
+    initial_load_path: str | None = None
+    """Checkpoint (a `step-N` folder) that a new run starts from; a checkpoint in `folder` wins over it."""
+    initial_load_model_only: bool = True
+    """Take only the weights from `initial_load_path`; false: optimizer, schedule and data position too."""
+    initial_load_in_hf: bool = False
+    """`initial_load_path` holds Hugging Face safetensors."""
+    initial_load_in_hf_quantized: bool = False
+    """… and they are quantized."""
+    last_save_model_only: bool = False
+    """Save only the weights at the last step. Default false, unlike TorchTitan's: a finished run can then be extended."""
+    last_save_in_hf: bool = False
+    """Write the last step as Hugging Face safetensors too."""
+    export_dtype: Literal["float16", "bfloat16", "float32"] = "float32"
+    """Type of the weights in model-only saves."""
+    async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
+    """Save in the background."""
+    keep_latest_k: NonNegativeInt = 10
+    """Checkpoints to keep, the newest; 0 keeps all. The last valid one is never deleted, nor anything that Espalier did not write."""
+    load_step: AllOrPositive = -1
+    """Resume from exactly this step; −1: the latest valid checkpoint. A step that is not there is an error."""
+    exclude_from_loading: list[str] = field(default_factory=list)
+    """Parts that are left as they are when loading: model, optimizer, lr_scheduler, dataloader, train_state."""
+    enable_first_step_checkpoint: bool = False
+    """Also save at step 1, to try out early whether saving works."""
+    create_seed_checkpoint: bool = False
+    """Write the initial weights as step 0 and stop."""
+    load_only: bool = False
+    """Load, never save."""

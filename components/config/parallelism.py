@@ -1,0 +1,104 @@
+"""How a job is laid out over ranks, and how they talk: `[parallelism]`, `[comm]`, `[fault_tolerance]`."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from components.config.types import AllOrPositive, Fraction, NonNegativeInt, PositiveInt
+
+
+@dataclass(frozen=True)
+class Parallelism:
+    """`[parallelism]`: degrees of the mesh. A layout is how a job runs, never what it computes."""
+
+    data_parallel_replicate_degree: PositiveInt = 1
+    """Copies of the model (DDP; with sharding: HSDP)."""
+    data_parallel_shard_degree: AllOrPositive = -1
+    """Ranks that share one copy's parameters, gradients and optimizer state (FSDP2). −1: all that are left."""
+    fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
+    """Free gathered parameters after forward: less memory, one more all-gather. default: always, but never under pipeline parallelism."""
+    tensor_parallel_degree: PositiveInt = 1
+    """Ranks that share each matrix."""
+    disable_loss_parallel: bool = False
+    """Gather the logits before the loss instead of computing it over a sharded vocabulary."""
+    enable_async_tensor_parallel: bool = False
+    """Overlap tensor-parallel communication with matmuls; CUDA with compile."""
+    pipeline_parallel_degree: PositiveInt = 1
+    """Ranks that the layers are dealt to."""
+    module_fqns_per_model_part: list[list[str]] | None = None
+    """The modules of each pipeline stage, by name. None: cut automatically."""
+    pipeline_parallel_first_stage_less_layers: NonNegativeInt = 1
+    """Layers that the first stage has less than the others, to make room for the embedding."""
+    pipeline_parallel_last_stage_less_layers: NonNegativeInt = 1
+    """Layers that the last stage has less than the others, to make room for the head and the loss."""
+    pipeline_parallel_layers_per_stage: PositiveInt | None = None
+    """Layers of a stage. None: one stage per rank, or two for interleaved schedules."""
+    pipeline_parallel_schedule: str = "1F1B"
+    """Name of the pipeline schedule."""
+    pipeline_parallel_schedule_csv: str | None = ""
+    """CSV file with a schedule of one's own."""
+    pipeline_parallel_microbatch_size: PositiveInt = 1
+    """Rows of one pipeline microbatch; divides `local_batch_size`."""
+    pipeline_parallel_expert_parallel_overlap: bool = True
+    """Overlap expert dispatch with compute in schedules that can."""
+    context_parallel_degree: PositiveInt = 1
+    """Ranks that share each sequence."""
+    context_parallel_load_balancer: str | None = "headtail"
+    """How sequence chunks are dealt so that causal attention costs the same everywhere."""
+    context_parallel_rotate_method: Literal["allgather", "alltoall"] = "allgather"
+    """How keys and values travel."""
+    expert_parallel_degree: PositiveInt = 1
+    """Ranks that share the experts."""
+    expert_tensor_parallel_degree: PositiveInt = 1
+    """Ranks that share each expert's matrices: 1 or the tensor-parallel degree."""
+    expert_parallel_comm_backend: Literal["standard", "deepep"] = "standard"
+    """How tokens travel to experts."""
+
+
+@dataclass(frozen=True)
+class Comm:
+    """`[comm]`: process groups."""
+
+    init_timeout_seconds: PositiveInt = 300
+    """Timeout of a collective until the first step is done (compilation, lazy set-up)."""
+    train_timeout_seconds: PositiveInt = 100
+    """Timeout of a collective after the first step."""
+    trace_buf_size: NonNegativeInt = 20000
+    """Entries of NCCL's flight recorder; 0 switches it off. Without NCCL inactive."""
+    save_traces_folder: str = "comm_traces"
+    """Folder inside `dump_folder` that flight recordings are written to on a timeout."""
+    save_traces_file_prefix: str = "rank_"
+    """Start of their file names."""
+    mode: Literal["default", "fake_backend", "local_tensor"] = "default"
+    """default trains; fake_backend is the dry run; local_tensor runs all ranks in one process. Usually set by `COMM_MODE`."""
+
+
+@dataclass(frozen=True)
+class FaultTolerance:
+    """`[fault_tolerance]`: replica groups that come and go, with TorchFT. Not yet supported: inactive unless enabled."""
+
+    enable: bool = False
+    """Train with replica groups that may fail."""
+    process_group: str = "gloo"
+    """Back end between replica groups."""
+    process_group_timeout_ms: PositiveInt = 10000
+    """Their timeout, in milliseconds."""
+    replica_id: NonNegativeInt = 0
+    """Number of this replica group."""
+    group_size: NonNegativeInt = 0
+    """Number of replica groups."""
+    min_replica_size: PositiveInt = 1
+    """Fewest groups that a step needs."""
+    semi_sync_method: str | None = None
+    """local_sgd or diloco; None synchronises every step."""
+    sync_steps: PositiveInt = 5
+    """Local steps between synchronisations."""
+    should_quantize: bool = False
+    """Quantize what is sent between groups."""
+    fragment_sync_delay: NonNegativeInt = 0
+    """Steps by which the synchronisation of a fragment is put off."""
+    fragment_update_alpha: Fraction = 0.0
+    """Weight of the local parameters when a fragment is merged."""
+    module_fqns_per_model_fragment: list[list[str]] = field(default_factory=list)
+    """The modules of each fragment, by name."""
+    num_fragments: PositiveInt = 1
+    """Number of fragments."""

@@ -1,0 +1,116 @@
+"""What is trained on, how much of it at a time, and how it is judged: `[training]`, `[data]`, `[loss]`, `[validation]`."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from components.config.types import AllOrPositive, Dtype, NonNegativeInt, Positive, PositiveInt
+
+
+@dataclass(frozen=True)
+class DataLoader:
+    """`[training.dataloader]` and `[validation.dataloader]`: how rows are produced, never which."""
+
+    num_workers: NonNegativeInt = 0
+    """Worker processes per rank; 0 reads in the training process. More than the rank's rows are not started."""
+    persistent_workers: bool = False
+    """Keep workers alive from one pass over the data to the next. Needs `num_workers` > 0."""
+    pin_memory: bool = False
+    """Page-locked host memory, for faster copies to an accelerator; without one it is ignored, and the log says so."""
+    prefetch_factor: PositiveInt | None = None
+    """Steps that each worker prepares ahead. Needs `num_workers` > 0."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """`[training]`."""
+
+    dataset: str = "c4_test"
+    """Registered name of the dataset, or with `dataset_path` any name for it."""
+    dataset_path: str | None = None
+    """Local file, folder or glob (JSONL, parquet, text; .gz, .zst) or a Hugging Face dataset; None: the place that the name stands for."""
+    local_batch_size: PositiveInt = 8
+    """Rows (sequences) of one forward pass on one data-parallel rank."""
+    global_batch_size: AllOrPositive = -1
+    """Rows of one optimizer step over all ranks; the rest is gradient accumulation. −1: `local_batch_size` × data-parallel degree."""
+    seq_len: PositiveInt = 2048
+    """Tokens in a row."""
+    max_norm: Positive = 1.0
+    """Clip the global gradient norm to this; `inf` clips nothing."""
+    steps: PositiveInt = 10000
+    """Optimizer steps of the job."""
+    enable_cpu_offload: bool = False
+    """Keep parameters, gradients and optimizer state in host memory (FSDP). Slower; needs data-parallel sharding."""
+    dtype: Dtype = "float32"
+    """Type that parameters are stored and updated in. bfloat16 halves memory and loses small updates."""
+    mixed_precision_param: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Type that block parameters are cast to for compute. `auto`: bfloat16 on devices that have it fast, else float32."""
+    mixed_precision_reduce: Literal["float32"] = "float32"
+    """Type that gradients are reduced in."""
+    gc_freq: PositiveInt = 50
+    """Steps between garbage collections, on all ranks at the same step."""
+    gc_debug: bool = False
+    """Collect every step, and log what the collector found. Slow."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient norm that is not finite: stop before the optimizer step, or skip the step and go on."""
+    dataloader: DataLoader = field(default_factory=DataLoader)
+    """Workers and prefetching."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """`[data]`: the order and the shape of the rows. All of it belongs to the job's fingerprint."""
+
+    streams: Annotated[int, Field(ge=-1)] = -1
+    """Streams that documents are dealt to, row r of a batch coming from stream r. −1: the job's largest global batch. Saved with the job."""
+    shuffle: bool = True
+    """Visit documents in an order drawn from `debug.seed`, anew in each epoch."""
+    shuffle_window: PositiveInt = 10000
+    """Sources without random access are permuted within windows of so many documents; the window is read again on resume."""
+    on_end: Literal["repeat", "stop"] = "repeat"
+    """At the end of the data: start the next epoch, or end the run cleanly before the first step that could not be filled."""
+    on_bad_record: Literal["error", "skip"] = "error"
+    """A record that cannot be read: stop with its file:line:column, or skip and count it."""
+    text_field: str = "text"
+    """Field or column that holds a document's text."""
+    add_bos: bool = True
+    """Put the tokenizer's begin token before each document, where it has one."""
+    add_eos: bool = True
+    """Put the tokenizer's end token after each document, where it has one."""
+    document_mask: bool = False
+    """Attention and positions stop at document borders, and no label crosses one."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """`[loss]`."""
+
+    name: str = "cross_entropy"
+    """Registered name: cross_entropy, or chunked_cross_entropy, which never holds the logits of all tokens."""
+    chunk_tokens: PositiveInt = 2048
+    """Tokens projected at a time by chunked_cross_entropy. Smaller: less memory, more kernel launches."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """`[validation]`: the loss on held-out rows, through the same forward path as training."""
+
+    enable: bool = False
+    """Validate every `freq` steps and at the end."""
+    dataset: str = "c4_validation"
+    """As `training.dataset`."""
+    dataset_path: str | None = None
+    """As `training.dataset_path`."""
+    local_batch_size: PositiveInt = 8
+    """Rows of one forward pass on one data-parallel rank."""
+    global_batch_size: AllOrPositive = -1
+    """Rows of one validation step over all ranks. −1: `local_batch_size` × data-parallel degree."""
+    seq_len: PositiveInt = 2048
+    """Tokens in a row."""
+    freq: PositiveInt = 10
+    """Training steps between validations."""
+    steps: AllOrPositive = -1
+    """Validation steps each time; −1: the whole validation set, the incomplete last batch included."""
+    dataloader: DataLoader = field(default_factory=DataLoader)
+    """Workers and prefetching."""

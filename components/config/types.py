@@ -1,0 +1,14 @@
+"""The value types that sections share: a bound is part of a key's type, so that one place states it, checks it and prints it."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+AllOrPositive = Annotated[int, Field(ge=-1)]  # -1 means "all" or "derive it"; 0 is refused where it has no meaning
+NonNegative = Annotated[float, Field(ge=0.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+OpenFraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Dtype = Literal["bfloat16", "float32"]

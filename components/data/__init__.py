@@ -1,0 +1,1 @@
+"""From files to rows: sources, tokenizing, packing, row sources, loaders."""

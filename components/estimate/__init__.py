@@ -1,0 +1,1 @@
+"""What a job would cost: the model behind the dry run."""

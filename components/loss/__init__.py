@@ -1,0 +1,1 @@
+"""Losses: sums over tokens per row, never means."""

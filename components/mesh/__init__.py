@@ -1,0 +1,1 @@
+"""Ground floor: contracts that several rooms share: ParallelDims, Plan, Batch, the counter generator, the registry."""

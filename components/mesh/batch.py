@@ -1,0 +1,55 @@
+"""Batch: what flows from a row source through a model into a loss. The loss's answer, RowLoss, stands here too: both ends
+must agree on them, and no room owns both ends."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+"""Label of a position that no loss is taken at."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of equal length. All tensors are (rows, seq) and int64, so that every device indexes with them as they are."""
+
+    tokens: Tensor
+    """Input token ids."""
+    labels: Tensor
+    """The token that follows each input token, or IGNORE."""
+    positions: Tensor
+    """Position of each token: from 0 in each row, or with `data.document_mask` from 0 in each document."""
+    document_ids: Tensor
+    """Number of the document that each token belongs to, counted from 0 in each row."""
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return self.tokens.shape[0]
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on another device."""
+        return self._map(lambda x: x.to(device, non_blocking=True))
+
+    def slice(self, start: int, stop: int) -> "Batch":
+        """Rows `start` to `stop`."""
+        return self._map(lambda x: x[start:stop])
+
+    def pin(self) -> "Batch":
+        """The same batch in page-locked memory."""
+        return self._map(lambda x: x.pin_memory())
+
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> "Batch":
+        return Batch(fn(self.tokens), fn(self.labels), fn(self.positions), fn(self.document_ids))
+
+
+class RowLoss(NamedTuple):
+    """What a loss returns. Sums, never means: whoever knows the whole global batch divides, once."""
+
+    sums: Tensor
+    """Loss summed over the valid labels of each row, fp32, differentiable. # (rows,)"""
+    counts: Tensor
+    """Valid labels of each row, int64. # (rows,)"""

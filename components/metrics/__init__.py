@@ -1,0 +1,1 @@
+"""Counters, FLOPs, memory, and the sinks that they are written to."""

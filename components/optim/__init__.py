@@ -1,0 +1,1 @@
+"""Optimizers with parameter groups, learning-rate schedules."""

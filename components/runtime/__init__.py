@@ -1,0 +1,1 @@
+"""Ground floor: errors, device, process groups, seeds, logging, garbage collection."""

@@ -1,0 +1,50 @@
+"""Typed errors, turned into prose only at the edge (`trainer.__main__`), and the exit codes that go with them."""
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """What a process of Espalier ends with."""
+
+    DONE = 0
+    FAILED = 1
+    INPUT = 2
+    STOPPED = 75
+
+
+class EspalierError(Exception):
+    """Root of all errors that are raised on purpose. The message says what, where, what is allowed, and how to mend it."""
+
+    exit_code = ExitCode.FAILED
+
+
+class UserError(EspalierError):
+    """Something that the user gave is wrong; the program is not."""
+
+    exit_code = ExitCode.INPUT
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be run. Holds every problem that was found, not only the first."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class DataError(UserError):
+    """Data that cannot be read; names file, line and column where there are any."""
+
+
+class CheckpointError(EspalierError):
+    """A checkpoint that is missing, broken, or belongs to another job."""
+
+    exit_code = ExitCode.INPUT
+
+
+class NonFiniteError(EspalierError):
+    """A loss or gradient that is not finite, found before the optimizer step."""
+
+
+class MeshError(UserError):
+    """Degrees that do not fit the number of ranks or the model."""

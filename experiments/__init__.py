@@ -1,0 +1,1 @@
+"""Ideas that use everything below and that nothing below may import."""

@@ -1,0 +1,1 @@
+"""The Llama 3 family: shapes, model, plan and training configs."""

@@ -1,0 +1,1 @@
+"""The Trainer, the assembly of its configuration, and the entry point `python -m trainer`."""
