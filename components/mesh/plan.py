@@ -1,4 +1,6 @@
-"""Plan: what a model tells the generic appliers about itself. A model says what it is; `components.parallel` does the rest."""
+"""Plan: what a model tells the generic appliers about itself. A model says what it is; `components.parallel` does the
+rest.
+"""
 
 from dataclasses import dataclass
 
@@ -14,9 +16,10 @@ class Plan:
     """The repeated blocks: the unit of recompute, of compile and of sharding."""
     embedding: str
     """The input embedding; sharded on its own."""
-    head: tuple[str, ...]
-    """The final norm and the output head; sharded together, since the loss needs them at the same time."""
+    head: str
+    """The output head, sharded on its own: the loss calls it after the model's forward has returned. What stands between
+    the blocks and the head (the final norm) belongs to the root."""
     fp32: tuple[str, ...] = ()
     """Modules whose parameters stay fp32 under mixed precision."""
     tied: tuple[tuple[str, str], ...] = ()
-    """Pairs of parameter names that are one parameter (in some flavors); they are sharded by one group."""
+    """Pairs of parameter names that are one parameter (in some flavors); the root then holds them."""
