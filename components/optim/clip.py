@@ -1,0 +1,90 @@
+"""Gradient clipping by the global norm, for plain tensors and DTensors alike, in two halves.
+
+First the norm, then the scaling: in between the caller can look at the norm and stop before anything has changed. The
+norm is taken over local shards in fp32 and reduced once for all gradients that are sharded alike. torch's
+get_total_norm was rejected: it refuses plain tensors beside DTensors, reduces in the gradients' own type, and pays
+DTensor dispatch for every parameter.
+"""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
+
+from components.runtime.distributed import all_reduce_sum
+
+Layout = tuple[torch.device, DeviceMesh | None, tuple[int, ...]]
+"""Device, mesh (None for plain tensors), and the mesh dimensions over which shards have to be added up."""
+
+
+@torch.no_grad()
+def gradient_norm(parameters: Iterable[nn.Parameter], group: ProcessGroup | None = None) -> Tensor:
+    """The norm of all gradients as one vector: a plain 0-d fp32 tensor, equal on all ranks. It does not sync.
+
+    Sharded gradients are added up over the mesh dimensions that shard them, replicated ones count once. `group` are
+    ranks that hold other parameters of the same model (pipeline stages). 0 if there are no gradients.
+    """
+    by_layout: dict[Layout, list[Tensor]] = {}
+    for gradient in _gradients(parameters):
+        layout, local = _layout(gradient)
+        by_layout.setdefault(layout, []).append(local)
+    squares = [_square(gradients, layout) for layout, gradients in by_layout.items()]
+    if not squares:
+        return all_reduce_sum(torch.zeros(()), group).sqrt()
+    total = torch.stack([square.to(squares[0].device) for square in squares]).sum()
+    return all_reduce_sum(total, group).sqrt()
+
+
+@torch.no_grad()
+def scale_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> None:
+    """Scale all gradients, in place, so that their norm is at most `max_norm`; `inf` leaves them alone.
+
+    `norm` is what `gradient_norm` returned. A norm that is not finite scales nothing: the caller has decided before
+    whether to step at all. It does not sync.
+    """
+    if math.isinf(max_norm):
+        return
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    factor = torch.where(norm.isfinite(), factor, torch.ones_like(factor))
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for gradient in _gradients(parameters):
+        local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+        by_device.setdefault(local.device, []).append(local)
+    for device, gradients in by_device.items():
+        torch._foreach_mul_(gradients, factor.to(device))  # one kernel for all; torch.optim's own way, no public name
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, group: ProcessGroup | None = None) -> Tensor:
+    """Measure, then scale; the norm from before."""
+    parameters = list(parameters)
+    norm = gradient_norm(parameters, group)
+    scale_gradients(parameters, norm, max_norm)
+    return norm
+
+
+def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+def _layout(gradient: Tensor) -> tuple[Layout, Tensor]:
+    """How a gradient is laid out, and this rank's piece of it."""
+    if not isinstance(gradient, DTensor):
+        return (gradient.device, None, ()), gradient
+    if any(p.is_partial() for p in gradient.placements):  # squares of summands do not add up
+        gradient = gradient.redistribute(placements=[Replicate() if p.is_partial() else p for p in gradient.placements])
+    dims = tuple(dim for dim, p in enumerate(gradient.placements) if not p.is_replicate())
+    return (gradient.device, gradient.device_mesh, dims), gradient.to_local()
+
+
+def _square(gradients: list[Tensor], layout: Layout) -> Tensor:
+    """The squared norm of gradients that are laid out alike, in fp32 whatever their type."""
+    _, mesh, dims = layout
+    norms = torch._foreach_norm(gradients, 2.0, torch.float32)  # one kernel for all; no public name
+    total = torch.stack(norms).square().sum()
+    for dim in dims:
+        all_reduce_sum(total, mesh.get_group(dim) if mesh else None)
+    return total
