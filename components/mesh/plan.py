@@ -17,7 +17,7 @@ class Plan:
     embedding: str
     """The input embedding; sharded on its own."""
     head: str
-    """The output head, sharded on its own: the loss calls it after the model's forward has returned. What stands between
+    """The output head, sharded on its own: the loss calls it after the model's forward has returned. What is between
     the blocks and the head (the final norm) belongs to the root."""
     fp32: tuple[str, ...] = ()
     """Modules whose parameters stay fp32 under mixed precision."""
