@@ -3,12 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from components.config.types import AllOrPositive, NonNegativeInt, PositiveInt
+from components.config.types import LatestOrStep, NonNegativeInt, PositiveInt
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`[checkpoint]`."""
+    """`[checkpoint]`: saving and resuming."""
 
     enable: bool = False
     """Save checkpoints and resume from the latest valid one."""
@@ -27,7 +27,8 @@ class Checkpoint:
     initial_load_in_hf_quantized: bool = False
     """… and they are quantized."""
     last_save_model_only: bool = False
-    """Save only the weights at the last step. Default false, unlike TorchTitan's: a finished run can then be extended."""
+    """Save only the weights at the last step. Default false, unlike TorchTitan's: a finished run can then be
+    extended."""
     last_save_in_hf: bool = False
     """Write the last step as Hugging Face safetensors too."""
     export_dtype: Literal["float16", "bfloat16", "float32"] = "float32"
@@ -35,8 +36,9 @@ class Checkpoint:
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
     """Save in the background."""
     keep_latest_k: NonNegativeInt = 10
-    """Checkpoints to keep, the newest; 0 keeps all. The last valid one is never deleted, nor anything that Espalier did not write."""
-    load_step: AllOrPositive = -1
+    """Checkpoints to keep, the newest; 0 keeps all. The last valid one is never deleted, nor anything that Espalier
+    did not write."""
+    load_step: LatestOrStep = -1
     """Resume from exactly this step; −1: the latest valid checkpoint. A step that is not there is an error."""
     exclude_from_loading: list[str] = field(default_factory=list)
     """Parts that are left as they are when loading: model, optimizer, lr_scheduler, dataloader, train_state."""

@@ -1,4 +1,5 @@
-"""What is traded between memory, compute and compile time: `[activation_checkpoint]`, `[compile]`, `[memory_estimation]`."""
+"""What is traded between memory, compute and compile time: `[activation_checkpoint]`, `[compile]`,
+`[memory_estimation]`."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -11,9 +12,11 @@ class ActivationCheckpoint:
     """`[activation_checkpoint]`: recompute activations in backward instead of keeping them."""
 
     mode: Literal["selective", "full", "memory_budget", "none"] = "selective"
-    """none keeps all; full recomputes every block (about a third more FLOPs); selective some blocks, or some ops of each."""
+    """none keeps all; full recomputes every block (about a third more FLOPs); selective some blocks, or some ops of
+    each."""
     selective_ac_option: str = "2"
-    """For selective: an integer n recomputes every n-th block; `op` keeps expensive ops and recomputes the cheap ones."""
+    """For selective: an integer n recomputes every n-th block; `op` keeps expensive ops and recomputes the cheap
+    ones."""
     per_op_sac_force_recompute_mm_shapes_by_fqns: list[str] = field(default_factory=lambda: ["moe.router.gate"])
     """For `op`: matmuls with the weight shape of these modules are recomputed in any case."""
     early_stop: bool = False
@@ -44,7 +47,8 @@ class Compile:
 
 @dataclass(frozen=True)
 class MemoryEstimation:
-    """`[memory_estimation]`: TorchTitan's estimate. Here it is the dry run (`COMM_MODE=fake_backend`); refused when enabled."""
+    """`[memory_estimation]`: TorchTitan's estimate. Here it is the dry run (`COMM_MODE=fake_backend`); refused when
+    enabled."""
 
     enable: bool = False
     """Estimate memory instead of training."""

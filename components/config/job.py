@@ -1,4 +1,5 @@
-"""What a run is called, where it writes, what it reports: `[job]`, `[metrics]`, `[profiling]`, `[debug]`, `[experimental]`."""
+"""What a run is called, where it writes, what it reports: `[job]`, `[metrics]`, `[profiling]`, `[debug]`,
+`[experimental]`."""
 
 from dataclasses import dataclass
 
@@ -20,7 +21,8 @@ class Job:
     save_config_file: str | None = None
     """A further path, inside `dump_folder`, for the resolved TOML; `config.toml` is always written there."""
     custom_config_module: str = ""
-    """Python module whose `JobConfig` dataclass adds sections or keys to the built-in ones. Importing it runs its code."""
+    """Python module whose `JobConfig` dataclass adds sections or keys to the built-in ones. Importing it runs its
+    code."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class Metrics:
     """`[metrics]`: what is reported, how often and where to. `metrics.jsonl` is always written."""
 
     log_freq: PositiveInt = 10
-    """Steps from one report to the next; step 1 and the last step are always reported. Each report waits for the device."""
+    """Steps from one report to the next; step 1 and the last step are always reported. Each report waits for the
+    device."""
     enable_tensorboard: bool = False
     """Also write TensorBoard event files."""
     disable_color_printing: bool = False
@@ -56,11 +59,13 @@ class Metrics:
     save_tb_folder: str = "tb"
     """Folder inside `dump_folder` for TensorBoard."""
     save_for_all_ranks: bool = False
-    """Every rank writes TensorBoard and W&B, not only rank 0; reduced values are equal on all, memory and timings are not."""
+    """Every rank writes TensorBoard and W&B, not only rank 0; reduced values are equal on all, memory and timings are
+    not."""
     enable_wandb: bool = False
     """Also report to Weights & Biases (optional extra `wandb`)."""
     peak_tflops: Positive | None = None
-    """Dense peak rate of one device in TFLOP/s, for MFU on hardware that is not in the built-in table. None: the table, else "n/a"."""
+    """Dense peak rate of one device in TFLOP/s, for MFU on hardware that is not in the built-in table. None: the
+    table, else "n/a"."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,8 @@ class Debug:
     """`[debug]`: seeds and determinism."""
 
     seed: int | None = None
-    """Seed of initialization, shuffling and forward randomness. None: 0, and the log says so; results never depend on the clock."""
+    """Seed of initialization, shuffling and forward randomness. None: 0, and the log says so; results never depend on
+    the clock."""
     deterministic: bool = False
     """Only deterministic kernels; slower on accelerators, without effect on most CPU kernels."""
     deterministic_warn_only: bool = False
@@ -82,6 +88,7 @@ class Experimental:
     """`[experimental]`: ways to bring in code of one's own."""
 
     custom_import: str = ""
-    """Python module imported at start-up; it may register train specs, optimizers, losses and datasets. Runs its code."""
+    """Python module imported at start-up; it may register train specs, optimizers, losses and datasets. Runs its
+    code."""
     custom_args_module: str = ""
     """Alias of `job.custom_config_module`, kept from TorchTitan."""

@@ -1,4 +1,5 @@
-"""JobConfig: every section of a TOML file in one frozen value. How it is filled (files, command line) is the Trainer's business."""
+"""JobConfig: every section of a TOML file in one frozen value. How it is filled (files, command line) is the
+Trainer's business."""
 
 from dataclasses import dataclass, field
 

@@ -13,7 +13,8 @@ class Model:
     flavor: str = "debugmodel"
     """Name of one of the family's shapes."""
     hf_assets_path: str = "./tests/assets/tokenizer"
-    """Folder with `tokenizer.json` (and later `config.json` and safetensors). Looked up from the current folder, then from the project's."""
+    """Folder with `tokenizer.json` (and later `config.json` and safetensors). Looked up from the current folder, then
+    from the project's."""
     tokenizer_path: str | None = None
     """Older name of `hf_assets_path`; wins where it is set."""
     converters: list[str] = field(default_factory=list)
@@ -33,7 +34,8 @@ class Float8Linear:
     recipe_name: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = None
     """Scaling recipe; None is tensorwise."""
     filter_fqns: list[str] = field(default_factory=list)
-    """Linears whose full name contains one of these stay as they are; `auto_filter_small_kn` skips those too small to gain."""
+    """Linears whose full name contains one of these stay as they are; `auto_filter_small_kn` skips those too small to
+    gain."""
     emulate: bool = False
     """Compute in high precision what float8 would give; for hardware without float8 kernels."""
 

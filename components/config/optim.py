@@ -11,7 +11,8 @@ class ParameterGroup:
     """One entry of `optimizer.parameter_groups`: parameters by name, and what differs for them."""
 
     pattern: str
-    """Regular expression searched in the canonical parameter name; the first entry that matches a parameter takes it."""
+    """Regular expression searched in the canonical parameter name; the first entry that matches a parameter takes
+    it."""
     lr_factor: NonNegative = 1.0
     """Multiplies the learning rate of the group at every step; 0 freezes it."""
     weight_decay: NonNegative | None = None
@@ -20,7 +21,7 @@ class ParameterGroup:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """`[optimizer]`."""
+    """`[optimizer]`: how weights move."""
 
     name: str = "AdamW"
     """Registered name of the optimizer: Adam, AdamW."""
@@ -39,7 +40,8 @@ class Optimizer:
     early_step_in_backward: bool = False
     """Step each parameter as soon as its gradient is there. Not yet supported."""
     parameter_groups: list[ParameterGroup] = field(default_factory=list)
-    """Exceptions by name. No decay on norms and biases: `parameter_groups = [{ pattern = 'norm|bias', weight_decay = 0.0 }]`."""
+    """Exceptions by name. No decay on norms and biases: `parameter_groups = [{ pattern = 'norm|bias', weight_decay =
+    0.0 }]`."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class LRScheduler:
     decay_ratio: Fraction | None = None
     """Share of the steps that decay, at the end. None: decay starts right after warm-up; 0: no decay."""
     decay_type: Literal["linear", "sqrt", "cosine", "inverse_sqrt"] = "linear"
-    """Shape of the decay over x from 0 to 1: 1−x, 1−√x, ½(1+cos πx); inverse_sqrt: √(W/s) from the end of warm-up W on."""
+    """Shape of the decay over x from 0 to 1: 1−x, 1−√x, ½(1+cos πx); inverse_sqrt: √(W/s) from the end of warm-up W
+    on."""
     min_lr_factor: Fraction = 0.0
     """The factor that the decay ends at (for inverse_sqrt: the floor)."""

@@ -15,7 +15,8 @@ class Parallelism:
     data_parallel_shard_degree: AllOrPositive = -1
     """Ranks that share one copy's parameters, gradients and optimizer state (FSDP2). −1: all that are left."""
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
-    """Free gathered parameters after forward: less memory, one more all-gather. default: always, but never under pipeline parallelism."""
+    """Free gathered parameters after forward: less memory, one more all-gather. default: always, but never under
+    pipeline parallelism."""
     tensor_parallel_degree: PositiveInt = 1
     """Ranks that share each matrix."""
     disable_loss_parallel: bool = False
@@ -69,12 +70,14 @@ class Comm:
     save_traces_file_prefix: str = "rank_"
     """Start of their file names."""
     mode: Literal["default", "fake_backend", "local_tensor"] = "default"
-    """default trains; fake_backend is the dry run; local_tensor runs all ranks in one process. Usually set by `COMM_MODE`."""
+    """default trains; fake_backend is the dry run; local_tensor runs all ranks in one process. Usually set by
+    `COMM_MODE`."""
 
 
 @dataclass(frozen=True)
 class FaultTolerance:
-    """`[fault_tolerance]`: replica groups that come and go, with TorchFT. Not yet supported: inactive unless enabled."""
+    """`[fault_tolerance]`: replica groups that come and go, with TorchFT. Not yet supported: inactive unless
+    enabled."""
 
     enable: bool = False
     """Train with replica groups that may fail."""

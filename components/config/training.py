@@ -1,9 +1,8 @@
-"""What is trained on, how much of it at a time, and how it is judged: `[training]`, `[data]`, `[loss]`, `[validation]`."""
+"""What is trained on, how much of it at a time, and how it is judged: `[training]`, `[data]`, `[loss]`,
+`[validation]`."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
-
-from pydantic import Field
+from typing import Literal
 
 from components.config.types import AllOrPositive, Dtype, NonNegativeInt, Positive, PositiveInt
 
@@ -24,16 +23,18 @@ class DataLoader:
 
 @dataclass(frozen=True)
 class Training:
-    """`[training]`."""
+    """`[training]`: data, batch, sequence, steps, precision."""
 
     dataset: str = "c4_test"
     """Registered name of the dataset, or with `dataset_path` any name for it."""
     dataset_path: str | None = None
-    """Local file, folder or glob (JSONL, parquet, text; .gz, .zst) or a Hugging Face dataset; None: the place that the name stands for."""
+    """Local file, folder or glob (JSONL, parquet, text; .gz, .zst) or a Hugging Face dataset; None: the place that
+    the name stands for."""
     local_batch_size: PositiveInt = 8
     """Rows (sequences) of one forward pass on one data-parallel rank."""
     global_batch_size: AllOrPositive = -1
-    """Rows of one optimizer step over all ranks; the rest is gradient accumulation. −1: `local_batch_size` × data-parallel degree."""
+    """Rows of one optimizer step over all ranks; the rest is gradient accumulation. −1: `local_batch_size` ×
+    data-parallel degree."""
     seq_len: PositiveInt = 2048
     """Tokens in a row."""
     max_norm: Positive = 1.0
@@ -45,7 +46,8 @@ class Training:
     dtype: Dtype = "float32"
     """Type that parameters are stored and updated in. bfloat16 halves memory and loses small updates."""
     mixed_precision_param: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Type that block parameters are cast to for compute. `auto`: bfloat16 on devices that have it fast, else float32."""
+    """Type that block parameters are cast to for compute. `auto`: bfloat16 on devices that have it fast, else
+    float32."""
     mixed_precision_reduce: Literal["float32"] = "float32"
     """Type that gradients are reduced in."""
     gc_freq: PositiveInt = 50
@@ -62,14 +64,17 @@ class Training:
 class Data:
     """`[data]`: the order and the shape of the rows. All of it belongs to the job's fingerprint."""
 
-    streams: Annotated[int, Field(ge=-1)] = -1
-    """Streams that documents are dealt to, row r of a batch coming from stream r. −1: the job's largest global batch. Saved with the job."""
+    streams: AllOrPositive = -1
+    """Streams that documents are dealt to, row r of a batch coming from stream r. −1: the job's largest global batch.
+    Saved with the job."""
     shuffle: bool = True
     """Visit documents in an order drawn from `debug.seed`, anew in each epoch."""
     shuffle_window: PositiveInt = 10000
-    """Sources without random access are permuted within windows of so many documents; the window is read again on resume."""
+    """Sources without random access are permuted within windows of so many documents; the window is read again on
+    resume."""
     on_end: Literal["repeat", "stop"] = "repeat"
-    """At the end of the data: start the next epoch, or end the run cleanly before the first step that could not be filled."""
+    """At the end of the data: start the next epoch, or end the run cleanly before the first step that could not be
+    filled."""
     on_bad_record: Literal["error", "skip"] = "error"
     """A record that cannot be read: stop with its file:line:column, or skip and count it."""
     text_field: str = "text"
@@ -84,7 +89,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Loss:
-    """`[loss]`."""
+    """`[loss]`: what is minimized."""
 
     name: str = "cross_entropy"
     """Registered name: cross_entropy, or chunked_cross_entropy, which never holds the logits of all tokens."""

@@ -1,4 +1,5 @@
-"""The value types that sections share: a bound is part of a key's type, so that one place states it, checks it and prints it."""
+"""The value types that sections share: a bound is part of a key's type, so that one place states it, checks it and
+prints it."""
 
 from typing import Annotated, Literal
 
@@ -6,7 +7,8 @@ from pydantic import Field
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
-AllOrPositive = Annotated[int, Field(ge=-1)]  # -1 means "all" or "derive it"; 0 is refused where it has no meaning
+AllOrPositive = Literal[-1] | PositiveInt  # -1 means "all" or "derive it"
+LatestOrStep = Literal[-1] | NonNegativeInt  # step 0 is a seed checkpoint
 NonNegative = Annotated[float, Field(ge=0.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]

@@ -1,0 +1,1 @@
+"""How a JobConfig is assembled from files and arguments, checked as a whole, and printed. Torch-free."""

@@ -1,0 +1,174 @@
+"""The table of keys that do nothing given the rest of the job. `--print-config` shows those of them that were set.
+
+They are accepted: a TOML that keeps its checkpoint settings while saving is switched off is no mistake.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from components.config.job_config import JobConfig
+from trainer.config.support import CONVERTERS
+
+Predicate = Callable[[JobConfig], bool]
+
+
+@dataclass(frozen=True)
+class Inactive:
+    """Keys that do nothing while `idle` says so. A key ending in `.` or in `_` stands for all that begin so."""
+
+    keys: tuple[str, ...]
+    idle: Predicate
+    why: str
+    """The reason, as the end of "inactive: …"."""
+
+
+def _without(converter: str) -> Inactive:
+    return Inactive(
+        (f"{converter}.",), lambda job: converter not in job.model.converters, f"converter {converter} is not listed"
+    )
+
+
+def _mode_is_not(*modes: str) -> Predicate:
+    return lambda job: job.activation_checkpoint.mode not in modes
+
+
+def _by_op(job: JobConfig) -> bool:
+    recompute = job.activation_checkpoint
+    return recompute.mode == "selective" and recompute.selective_ac_option == "op"
+
+
+INACTIVE = (
+    *(_without(name) for name in CONVERTERS),
+    Inactive(
+        ("model.hf_assets_path",), lambda job: job.model.tokenizer_path is not None, "model.tokenizer_path is set"
+    ),
+    Inactive(("model.print_after_conversion",), lambda job: not job.model.converters, "model.converters is empty"),
+    Inactive(("checkpoint.",), lambda job: not job.checkpoint.enable, "checkpoint.enable is false"),
+    Inactive(
+        ("checkpoint.initial_load_model_only",),
+        lambda job: not job.checkpoint.initial_load_path,
+        "checkpoint.initial_load_path is not set",
+    ),
+    Inactive(
+        ("checkpoint.initial_load_in_hf_quantized",),
+        lambda job: not job.checkpoint.initial_load_in_hf,
+        "checkpoint.initial_load_in_hf is false",
+    ),
+    Inactive(
+        ("checkpoint.export_dtype",),
+        lambda job: not (job.checkpoint.last_save_model_only or job.checkpoint.last_save_in_hf),
+        "no save is model-only: checkpoint.last_save_model_only is false",
+    ),
+    Inactive(
+        ("checkpoint.enable_ft_dataloader_checkpoints",),
+        lambda job: not job.fault_tolerance.enable,
+        "fault_tolerance.enable is false",
+    ),
+    Inactive(("validation.",), lambda job: not job.validation.enable, "validation.enable is false"),
+    Inactive(("compile.",), lambda job: not job.compile.enable, "compile.enable is false"),
+    Inactive(
+        ("profiling.save_traces_folder", "profiling.profiler_"),
+        lambda job: not job.profiling.enable_profiling,
+        "profiling.enable_profiling is false",
+    ),
+    Inactive(
+        ("profiling.profile_freq",),
+        lambda job: not (job.profiling.enable_profiling or job.profiling.enable_memory_snapshot),
+        "profiling.enable_profiling and enable_memory_snapshot are false",
+    ),
+    Inactive(
+        ("profiling.save_memory_snapshot_folder",),
+        lambda job: not job.profiling.enable_memory_snapshot,
+        "profiling.enable_memory_snapshot is false",
+    ),
+    Inactive(
+        ("metrics.save_tb_folder",),
+        lambda job: not job.metrics.enable_tensorboard,
+        "metrics.enable_tensorboard is false",
+    ),
+    Inactive(
+        ("metrics.save_for_all_ranks",),
+        lambda job: not (job.metrics.enable_tensorboard or job.metrics.enable_wandb),
+        "neither TensorBoard nor W&B is enabled",
+    ),
+    Inactive(("activation_checkpoint.selective_ac_option",), _mode_is_not("selective"), "mode is not selective"),
+    Inactive(
+        ("activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns",),
+        lambda job: not _by_op(job),
+        'it is for mode = "selective" with selective_ac_option = "op"',
+    ),
+    Inactive(
+        ("activation_checkpoint.memory_budget", "activation_checkpoint.visualize_memory_budget_pareto"),
+        _mode_is_not("memory_budget"),
+        "mode is not memory_budget",
+    ),
+    Inactive(
+        tuple(f"activation_checkpoint.{k}" for k in ("early_stop", "preserve_rng_state", "determinism_check", "debug")),
+        _mode_is_not("selective", "full"),
+        "mode recomputes nothing by itself",
+    ),
+    Inactive(
+        ("parallelism.disable_loss_parallel", "parallelism.enable_async_tensor_parallel"),
+        lambda job: job.parallelism.tensor_parallel_degree == 1,
+        "parallelism.tensor_parallel_degree is 1",
+    ),
+    Inactive(
+        (
+            "parallelism.pipeline_parallel_first_",
+            "parallelism.pipeline_parallel_last_",
+            "parallelism.pipeline_parallel_layers_",
+            "parallelism.pipeline_parallel_schedule",
+            "parallelism.pipeline_parallel_schedule_",
+            "parallelism.pipeline_parallel_microbatch_",
+            "parallelism.pipeline_parallel_expert_",
+            "parallelism.module_fqns_per_model_part",
+        ),
+        lambda job: job.parallelism.pipeline_parallel_degree == 1,
+        "parallelism.pipeline_parallel_degree is 1",
+    ),
+    Inactive(
+        ("parallelism.context_parallel_load_balancer", "parallelism.context_parallel_rotate_method"),
+        lambda job: job.parallelism.context_parallel_degree == 1,
+        "parallelism.context_parallel_degree is 1",
+    ),
+    Inactive(
+        ("parallelism.expert_parallel_comm_backend",),
+        lambda job: job.parallelism.expert_parallel_degree == 1,
+        "parallelism.expert_parallel_degree is 1",
+    ),
+    Inactive(
+        ("parallelism.fsdp_reshard_after_forward",),
+        lambda job: job.parallelism.data_parallel_shard_degree == 1 and job.parallelism.context_parallel_degree == 1,
+        "parallelism.data_parallel_shard_degree is 1",
+    ),
+    Inactive(
+        ("lr_scheduler.decay_ratio",),
+        lambda job: job.lr_scheduler.decay_type == "inverse_sqrt",
+        "decay_type is inverse_sqrt",
+    ),
+    Inactive(
+        ("lr_scheduler.min_lr_factor", "lr_scheduler.decay_type"),
+        lambda job: job.lr_scheduler.decay_ratio == 0 and job.lr_scheduler.decay_type != "inverse_sqrt",
+        "lr_scheduler.decay_ratio is 0: nothing decays",
+    ),
+    Inactive(("loss.chunk_tokens",), lambda job: job.loss.name == "cross_entropy", 'loss.name is "cross_entropy"'),
+    Inactive(("data.shuffle_window",), lambda job: not job.data.shuffle, "data.shuffle is false"),
+    Inactive(
+        ("debug.deterministic_warn_only",), lambda job: not job.debug.deterministic, "debug.deterministic is false"
+    ),
+    Inactive(("fault_tolerance.",), lambda job: not job.fault_tolerance.enable, "fault_tolerance.enable is false"),
+    Inactive(
+        ("memory_estimation.",), lambda job: not job.memory_estimation.enable, "memory_estimation.enable is false"
+    ),
+)
+
+
+def inactive(job: JobConfig, key: str) -> str | None:
+    """Why the key does nothing in this job; None if it does something. The switch of a section is never inactive."""
+    if key.endswith(".enable"):
+        return None
+    return next((entry.why for entry in INACTIVE if _covers(entry, key) and entry.idle(job)), None)
+
+
+def _covers(entry: Inactive, key: str) -> bool:
+    return any(key == known or (known[-1] in "._" and key.startswith(known)) for known in entry.keys)

@@ -1,0 +1,97 @@
+"""The table of keys that are refused while they are live: what Espalier cannot do yet.
+
+A key whose feature is not built is refused only when it would do something: a TOML that merely mentions it loads. A
+table, not code at the features, so that one place shows what is missing, and a line goes when a feature comes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from components.config.annotations import toml_literal
+from components.config.job_config import JobConfig
+from components.config.schema import get
+
+Predicate = Callable[[JobConfig], bool]
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """A key that is refused while `live` says that it would do something."""
+
+    key: str
+    live: Predicate
+    why: str
+    """What is missing, and what to do instead."""
+
+
+CONVERTERS = ("quantize.linear.float8", "quantize.linear.mx", "quantize.grouped_mm.float8", "quantize.grouped_mm.mx")
+"""Names of model converters that a TorchTitan file may list."""
+
+LATER = "not yet supported"
+
+UNSUPPORTED = (
+    Unsupported(
+        "model.converters",
+        lambda job: any(name in CONVERTERS for name in job.model.converters),
+        "quantizing converters are not there yet; train without them: converters = []",
+    ),
+    Unsupported(
+        "parallelism.enable_async_tensor_parallel",
+        lambda job: job.parallelism.enable_async_tensor_parallel and job.parallelism.tensor_parallel_degree > 1,
+        "tensor parallelism does not overlap its communication yet; set it to false",
+    ),
+    Unsupported(
+        "activation_checkpoint.mode",
+        lambda job: job.activation_checkpoint.mode == "memory_budget",
+        'recompute by memory budget is not there yet; set it to "full", "selective" or "none"',
+    ),
+    Unsupported(
+        "optimizer.early_step_in_backward",
+        lambda job: job.optimizer.early_step_in_backward,
+        "it steps before the global gradient norm is known, so that nothing could be clipped; set it to false",
+    ),
+    Unsupported(
+        "fault_tolerance.enable",
+        lambda job: job.fault_tolerance.enable,
+        "replica groups that may fail are not there yet; set it to false and resume from checkpoints",
+    ),
+    Unsupported(
+        "memory_estimation.enable",
+        lambda job: job.memory_estimation.enable,
+        "the dry run takes its place: COMM_MODE=fake_backend ./run_train.sh; set it to false",
+    ),
+    Unsupported(
+        "comm.mode",
+        lambda job: job.comm.mode == "local_tensor",
+        'all ranks in one process is not there yet; "fake_backend" is the dry run, "default" trains',
+    ),
+    Unsupported(
+        "checkpoint.initial_load_in_hf",
+        lambda job: job.checkpoint.enable and job.checkpoint.initial_load_in_hf,
+        "Hugging Face weights cannot be read yet; start from a checkpoint of Espalier's, or set it to false",
+    ),
+    Unsupported(
+        "checkpoint.last_save_in_hf",
+        lambda job: job.checkpoint.enable and job.checkpoint.last_save_in_hf,
+        "Hugging Face weights cannot be written yet; set it to false",
+    ),
+    Unsupported(
+        "checkpoint.async_mode",
+        lambda job: job.checkpoint.enable and job.checkpoint.async_mode != "disabled",
+        'saving in the background is not there yet; set it to "disabled"',
+    ),
+    Unsupported(
+        "checkpoint.create_seed_checkpoint",
+        lambda job: job.checkpoint.enable and job.checkpoint.create_seed_checkpoint,
+        "it is not needed here: initialization does not depend on the layout; set it to false",
+    ),
+)
+
+
+def unsupported(job: JobConfig) -> list[str]:
+    """One line for each key that is live and not supported."""
+    return [
+        f"{entry.key} = {toml_literal(get(job, tuple(entry.key.split('.'))))}: {LATER}: {entry.why}"
+        for entry in UNSUPPORTED
+        if entry.live(job)
+    ]

@@ -1,0 +1,219 @@
+"""Rules that concern several keys at once: does this job make sense, on that many ranks, for that model?
+
+Each rule is a function that yields a line for each problem, naming the keys, their numbers and a mend; `RULES` lists
+them. All run, so that all problems come at once. What one key allows by itself is its type's business, what a model
+cannot do is its arguments' (`ModelArgs.problems`), and what the machine lacks is found when it is used.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import PurePath
+from typing import TYPE_CHECKING
+
+from components.config.annotations import toml_literal
+from components.config.job_config import JobConfig
+from components.config.overlay import DEFAULT
+from components.config.training import DataLoader
+from components.mesh.degrees import Degrees, resolve_degrees
+from components.runtime.errors import MeshError
+from trainer.config.names import check_names
+from trainer.config.support import unsupported
+
+if TYPE_CHECKING:
+    from models.train_spec import ModelArgs
+
+Problems = Iterator[str]
+
+LOADABLE = ("model", "optimizer", "lr_scheduler", "dataloader", "train_state")
+"""Parts of a checkpoint, as `checkpoint.exclude_from_loading` names them."""
+
+FOLDERS: Mapping[str, Callable[[JobConfig], str | None]] = {
+    "job.save_config_file": lambda job: job.job.save_config_file,
+    "profiling.save_traces_folder": lambda job: job.profiling.save_traces_folder,
+    "profiling.save_memory_snapshot_folder": lambda job: job.profiling.save_memory_snapshot_folder,
+    "metrics.save_tb_folder": lambda job: job.metrics.save_tb_folder,
+    "checkpoint.folder": lambda job: job.checkpoint.folder,
+    "comm.save_traces_folder": lambda job: job.comm.save_traces_folder,
+}
+"""Keys whose paths lie inside `job.dump_folder`."""
+
+
+def validate(job: JobConfig, world_size: int, args: "ModelArgs | None") -> list[str]:
+    """Every problem of the job on `world_size` ranks; empty if there is none. Each line begins with a dotted key.
+
+    `args` is the model's shape, None where it is not known: what needs it is then left out.
+    """
+    problems = [line for rule in RULES for line in rule(job)]
+    try:
+        degrees = resolve_degrees(job.parallelism, world_size)
+    except MeshError as error:
+        problems.append(f"parallelism: {error}")
+    else:
+        problems.extend(line for rule in LAYOUT_RULES for line in rule(job, degrees))
+    if args is not None:
+        problems.extend(args.problems(job))
+    return problems
+
+
+def located(problems: list[str], provenance: Mapping[str, str]) -> list[str]:
+    """The same lines, each led by where the key that it begins with was set; a key left at its default stays as it
+    is."""
+    return [_located(line, provenance) for line in problems]
+
+
+def _located(line: str, provenance: Mapping[str, str]) -> str:
+    key = re.split(r"[ :\[]", line, maxsplit=1)[0]
+    where = provenance.get(key, DEFAULT)
+    if where == DEFAULT:
+        return line
+    if where.startswith("--"):  # the argument says key and value already
+        line = re.sub(rf"^{re.escape(key)} = .*?: ", "", line)
+    return f"{where}: {line}"
+
+
+def _batch(job: JobConfig, degrees: Degrees) -> Problems:
+    sizes = {"training": (job.training.global_batch_size, job.training.local_batch_size)}
+    if job.validation.enable:
+        sizes["validation"] = (job.validation.global_batch_size, job.validation.local_batch_size)
+    for section, (rows, local) in sizes.items():
+        unit = local * degrees.batch
+        if rows != -1 and rows % unit:
+            below, above = rows // unit * unit, (rows // unit + 1) * unit
+            yield (
+                f"{section}.global_batch_size = {rows}: must be a multiple of {section}.local_batch_size ×"
+                f" data-parallel degree = {local} × {degrees.batch} = {unit};"
+                f" take {f'{below} or ' if below else ''}{above}, or another local_batch_size"
+            )
+
+
+def _streams(job: JobConfig, degrees: Degrees) -> Problems:
+    rows, streams = job.training.global_batch_size, job.data.streams
+    rows = job.training.local_batch_size * degrees.batch if rows == -1 else rows
+    if streams != -1 and streams < rows:
+        yield (
+            f"data.streams = {streams}: must be at least the {rows} rows of a global batch, since row r comes from"
+            f" stream r; take {rows} or more, or -1"
+        )
+
+
+def _sequence(job: JobConfig, degrees: Degrees) -> Problems:
+    # Context parallelism deals each rank two chunks of a row, an early and a late one.
+    unit = degrees.tp * (2 * degrees.cp if degrees.cp > 1 else 1)
+    lengths = {"training.seq_len": job.training.seq_len}
+    if job.validation.enable:
+        lengths["validation.seq_len"] = job.validation.seq_len
+    for key, length in lengths.items():
+        if length % unit:
+            yield (
+                f"{key} = {length}: must be a multiple of {unit}, for a tensor-parallel degree of {degrees.tp} and a"
+                f" context-parallel degree of {degrees.cp}; take {(length // unit + 1) * unit}"
+            )
+
+
+def _offload(job: JobConfig, degrees: Degrees) -> Problems:
+    if job.training.enable_cpu_offload and degrees.fsdp == 1:
+        yield (
+            "training.enable_cpu_offload = true: needs sharded parameters, but they are shared by 1 rank; start more"
+            " ranks with parallelism.data_parallel_shard_degree = -1, or set it to false"
+        )
+
+
+def _schedule(job: JobConfig) -> Problems:
+    schedule = job.lr_scheduler
+    total, key = schedule.total_steps, "lr_scheduler.total_steps"
+    if total is None:
+        total, key = job.training.steps, "training.steps"
+    if schedule.warmup_steps > total:
+        yield (
+            f"lr_scheduler.warmup_steps = {schedule.warmup_steps}: must be at most {key} = {total};"
+            f" lower it with --lr_scheduler.warmup_steps={total // 10}"
+        )
+    if schedule.decay_type == "inverse_sqrt" and schedule.warmup_steps == 0:
+        yield (
+            "lr_scheduler.warmup_steps = 0: inverse_sqrt decays from the end of warm-up W as √(W/step), which is 0"
+            " without one; take at least 1, or another lr_scheduler.decay_type"
+        )
+
+
+def _loaders(job: JobConfig) -> Problems:
+    loaders: dict[str, DataLoader] = {"training.dataloader": job.training.dataloader}
+    if job.validation.enable:
+        loaders["validation.dataloader"] = job.validation.dataloader
+    for section, loader in loaders.items():
+        if loader.num_workers > 0:
+            continue
+        needy = {"persistent_workers": loader.persistent_workers, "prefetch_factor": loader.prefetch_factor}
+        for key, value in needy.items():
+            if value:
+                yield (
+                    f"{section}.{key} = {toml_literal(value)}: needs workers, but {section}.num_workers is 0;"
+                    f" set that to 1 or more, or leave this out"
+                )
+
+
+def _profiling(job: JobConfig) -> Problems:
+    profiling = job.profiling
+    cycle = profiling.profiler_warmup + profiling.profiler_active
+    if profiling.enable_profiling and profiling.profile_freq < cycle:
+        yield (
+            f"profiling.profile_freq = {profiling.profile_freq}: must be at least profiler_warmup + profiler_active ="
+            f" {profiling.profiler_warmup} + {profiling.profiler_active} = {cycle}"
+        )
+
+
+def _recompute(job: JobConfig) -> Problems:
+    recompute = job.activation_checkpoint
+    option = recompute.selective_ac_option
+    if recompute.mode == "selective" and option != "op" and not (option.isdecimal() and int(option) > 0):
+        yield (
+            f"activation_checkpoint.selective_ac_option = {toml_literal(option)}: must be a positive integer in quotes"
+            ' (every n-th block) or "op"'
+        )
+    if recompute.determinism_check not in ("default", "none"):
+        shown = toml_literal(recompute.determinism_check)
+        yield f'activation_checkpoint.determinism_check = {shown}: must be one of "default", "none"'
+
+
+def _folders(job: JobConfig) -> Problems:
+    for key, value in FOLDERS.items():
+        path = value(job)
+        if path is None:
+            continue
+        parts = PurePath(path).parts
+        if not parts or PurePath(path).is_absolute() or ".." in parts:
+            yield (
+                f"{key} = {toml_literal(path)}: must be a relative path without .. that stays inside job.dump_folder ="
+                f" {toml_literal(job.job.dump_folder)}"
+            )
+
+
+def _checkpoint(job: JobConfig) -> Problems:
+    for part in job.checkpoint.exclude_from_loading:
+        if part not in LOADABLE:
+            yield f"checkpoint.exclude_from_loading = {toml_literal(part)}: must be out of {', '.join(LOADABLE)}"
+
+
+def _groups(job: JobConfig) -> Problems:
+    for index, group in enumerate(job.optimizer.parameter_groups):
+        try:
+            re.compile(group.pattern)
+        except re.error as error:
+            shown = toml_literal(group.pattern)
+            yield f"optimizer.parameter_groups[{index}].pattern = {shown}: must be a regular expression, but {error}"
+
+
+RULES: tuple[Callable[[JobConfig], Problems], ...] = (
+    lambda job: iter(unsupported(job)),
+    check_names,
+    _schedule,
+    _loaders,
+    _profiling,
+    _recompute,
+    _folders,
+    _checkpoint,
+    _groups,
+)
+"""Rules on the job alone."""
+
+LAYOUT_RULES: tuple[Callable[[JobConfig, Degrees], Problems], ...] = (_batch, _streams, _sequence, _offload)
+"""Rules on the job and its degrees, left out where the degrees do not fit the ranks."""
