@@ -1,0 +1,75 @@
+"""TensorBoard and Weights & Biases. Both are imported when they are switched on, not before."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from components.config.job_config import JobConfig
+from components.metrics.step import StepMetrics
+from components.runtime.errors import ConfigError
+
+
+def scalars(metrics: StepMetrics) -> dict[str, float]:
+    """What boards plot over the step: every number that is known, under its name in `metrics.jsonl`."""
+    return {key: value for key, value in metrics.to_dict().items() if key != "step" and value is not None}
+
+
+class TensorBoardSink:
+    """Event files in a folder. Earlier events from the first step of this run on are marked as void."""
+
+    def __init__(self, folder: Path | str, resume_step: int | None) -> None:
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=(resume_step or 0) + 1)
+
+    def log(self, metrics: StepMetrics) -> None:
+        """Write a step."""
+        for name, value in scalars(metrics).items():
+            self._writer.add_scalar(name, value, metrics.step)
+        self._writer.flush()
+
+    def note(self, event: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def advance(self, step: int) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Close the event file."""
+        self._writer.close()
+
+
+class WandbSink:
+    """A run of Weights & Biases. Its own variables say where it goes; the project is "espalier" unless WANDB_PROJECT is set.
+
+    Raises ConfigError if the package is not there.
+    """
+
+    def __init__(self, job: JobConfig, folder: Path | str) -> None:
+        try:
+            wandb = importlib.import_module("wandb")
+        except ImportError as error:
+            raise ConfigError(
+                "metrics.enable_wandb = true: the package wandb is not installed; install it with"
+                " `pip install 'espalier[wandb]'`, or set it to false"
+            ) from error
+        project = os.environ.get("WANDB_PROJECT", "espalier")
+        self._run = wandb.init(project=project, dir=str(folder), config=asdict(job), notes=job.job.description)
+
+    def log(self, metrics: StepMetrics) -> None:
+        """Send a step."""
+        self._run.log(scalars(metrics), step=metrics.step)
+
+    def note(self, event: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def advance(self, step: int) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """End the run."""
+        self._run.finish()

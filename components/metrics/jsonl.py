@@ -1,0 +1,93 @@
+"""`metrics.jsonl`: the record that every run keeps, one JSON object a line, flushed as it is written.
+
+On resume the steps that will be run again are dropped, so that every step stands there once. The file is written anew
+beside the old one and renamed over it: a kill in between loses nothing. A new run in an old folder moves the old file
+aside (`metrics.1.jsonl`, …) instead of writing behind it.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from components.metrics.step import StepMetrics, to_json
+from components.runtime.errors import UserError
+from components.runtime.logging import logger
+
+
+class JsonlSink:
+    """Appends to a file. `resume_step` is the step that the run resumed from; None for a new run.
+
+    Raises UserError if the file cannot be written.
+    """
+
+    def __init__(self, path: Path | str, resume_step: int | None) -> None:
+        path = Path(path)
+        try:
+            if resume_step is None:
+                _move_aside(path)
+            else:
+                _drop_later(path, resume_step)
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"{path}: cannot write metrics there: {error.strerror}; move it away, or choose another job.dump_folder"
+            ) from error
+        if resume_step is not None:
+            self.note({"event": "resume", "step": resume_step})
+
+    def log(self, metrics: StepMetrics) -> None:
+        """Write a step."""
+        self._write(metrics.to_json())
+
+    def note(self, event: dict[str, Any]) -> None:
+        """Write an event."""
+        self._write(to_json(event))
+
+    def advance(self, step: int) -> None:
+        """Nothing: only reports are recorded."""
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _write(self, line: str) -> None:
+        self._file.write(line + "\n")
+        self._file.flush()
+
+
+def _move_aside(path: Path) -> None:
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    number = 1
+    while (aside := path.with_suffix(f".{number}{path.suffix}")).exists():
+        number += 1
+    path.rename(aside)
+    logger.info("metrics of an earlier run in this folder: moved to %s", aside.name)
+
+
+def _drop_later(path: Path, resume_step: int) -> None:
+    """Keep what belongs to steps up to `resume_step`, and the record of earlier resumes."""
+    if not path.exists():
+        return
+    lines = path.read_bytes().splitlines()
+    kept = [line for number, line in enumerate(lines, 1) if _stays(line, resume_step, f"{path}:{number}")]
+    beside = path.with_name(path.name + ".tmp")
+    with beside.open("wb") as file:
+        file.writelines(line + b"\n" for line in kept)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def _stays(line: bytes, resume_step: int, where: str) -> bool:
+    """A line that is no JSON object was cut off by a kill: drop it, and say so."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        entry = None
+    if not isinstance(entry, dict):
+        logger.warning("%s: not a whole line of JSON, dropped", where)
+        return False
+    step = entry.get("step")
+    return entry.get("event") == "resume" or not isinstance(step, int) or step <= resume_step

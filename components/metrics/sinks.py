@@ -1,0 +1,92 @@
+"""Sinks: where reports go. One fan-out, so that the Trainer reports once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from components.config.job_config import JobConfig
+from components.metrics.boards import TensorBoardSink, WandbSink
+from components.metrics.console import console_sink
+from components.metrics.jsonl import JsonlSink
+from components.metrics.step import StepMetrics
+from components.runtime.logging import prints_messages
+from components.runtime.world import World
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Sink(Protocol):
+    """One place that reports go to."""
+
+    def log(self, metrics: StepMetrics) -> None:
+        """Report a step, its validation included."""
+        ...
+
+    def note(self, event: dict[str, Any]) -> None:
+        """Record something that is no step, such as a skipped one: `event` names it, `step` says when."""
+        ...
+
+    def advance(self, step: int) -> None:
+        """Step `step` is done, whether or not it is reported. Costs nothing but on a terminal."""
+        ...
+
+    def close(self) -> None:
+        """Write out what is left."""
+        ...
+
+
+class Sinks:
+    """All sinks of a rank; itself a Sink, and a context manager that closes them."""
+
+    def __init__(self, sinks: Sequence[Sink]) -> None:
+        self.sinks = tuple(sinks)
+
+    def log(self, metrics: StepMetrics) -> None:
+        """Report a step."""
+        for sink in self.sinks:
+            sink.log(metrics)
+
+    def note(self, event: dict[str, Any]) -> None:
+        """Record an event."""
+        for sink in self.sinks:
+            sink.note(event)
+
+    def advance(self, step: int) -> None:
+        """A step is done."""
+        for sink in self.sinks:
+            sink.advance(step)
+
+    def close(self) -> None:
+        """Close all."""
+        for sink in self.sinks:
+            sink.close()
+
+    def __enter__(self) -> Sinks:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def build_sinks(job: JobConfig, world: World, dump_folder: Path | str, resume_step: int | None) -> Sinks:
+    """The sinks of this rank. `resume_step` is the step that the run resumed from; None for a new run.
+
+    Rank 0 writes `metrics.jsonl` and the boards; with `metrics.save_for_all_ranks` every rank writes boards of its own
+    (`rank_N`). The ranks of LOG_RANK print. Raises UserError or ConfigError where one cannot be opened.
+    """
+    folder, config, sinks = Path(dump_folder), job.metrics, list[Sink]()
+    if world.rank == 0:
+        sinks.append(JsonlSink(folder / METRICS_FILE, resume_step))
+    if config.enable_tensorboard and (world.rank == 0 or config.save_for_all_ranks):
+        own = f"rank_{world.rank}" if config.save_for_all_ranks else ""
+        sinks.append(TensorBoardSink(folder / config.save_tb_folder / own, resume_step))
+    if config.enable_wandb and (world.rank == 0 or config.save_for_all_ranks):
+        sinks.append(WandbSink(job, folder))
+    if prints_messages():
+        sinks.append(console_sink(job.training.steps, resume_step or 0, config.disable_color_printing))
+    return Sinks(sinks)
