@@ -1,1 +1,1 @@
-"""From files to rows: sources, tokenizing, packing, row sources, loaders."""
+"""From text to batches: tokenizer, document sources, their order, rows, and the loader."""

@@ -1,0 +1,123 @@
+"""What a document source is: a corpus in its natural order, either with random access or only from front to back.
+
+Records are parsed as late as possible, by whoever packs them: a rank that passes over other ranks' documents pays for
+reading them, not for parsing, and a bad record stops only the stream that it belongs to.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from components.runtime.errors import DataError
+
+Read = Callable[[], str]
+"""Parses one record into its text; raises BadRecord."""
+
+
+class BadRecord(DataError):
+    """One record that holds no readable document. `data.on_bad_record` decides whether it stops the run."""
+
+    harmless = False
+    """Skip it in any case: the source is known to hold such records."""
+
+
+@runtime_checkable
+class RandomAccess(Protocol):
+    """Documents that can be read in any order, by any process (handles are opened per read, so that a fork is safe)."""
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What identifies the documents, as JSON values; cheap, so without reading them."""
+        ...
+
+    def __len__(self) -> int:
+        """Number of documents, the unreadable ones included."""
+        ...
+
+    def document(self, index: int) -> str:
+        """Text of a document. Raises BadRecord."""
+        ...
+
+
+@runtime_checkable
+class Sequential(Protocol):
+    """Documents that can only be read from front to back; how many there are shows at the end of a pass."""
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """As in RandomAccess."""
+        ...
+
+    def records(self, start: int) -> Iterator[Read]:
+        """One pass over the records from number `start` on. Raises DataError."""
+        ...
+
+
+@dataclass(frozen=True)
+class DatasetRequest:
+    """What a registered dataset is opened with."""
+
+    path: str | None
+    """`dataset_path` of the section; None: the place that the name stands for."""
+    text_field: str
+    """Field that holds a document's text."""
+    seq_len: int
+    """Tokens in a row, for datasets that make rows themselves."""
+    vocab_size: int
+    """Entries of the model's vocabulary, likewise."""
+    seed: int
+    """The job's seed, likewise."""
+    validation: bool
+    """Opened for validation: the default split of a dataset that has several is the held-out one."""
+
+
+def bad_record(path: Path | str, line: int, column: int, what: str) -> BadRecord:
+    """The error for a record; line and column count from 1, columns in characters."""
+    return BadRecord(
+        f'{path}:{line}:{column}: {what}; mend the record, or skip such records with data.on_bad_record = "skip"'
+    )
+
+
+def decode(raw: bytes, path: Path | str, line: int) -> str:
+    """UTF-8 text of bytes that start at `line`. Raises BadRecord at the first byte that is none."""
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        before = raw[: error.start].decode("utf-8")
+        column = len(before) - (before.rfind("\n") + 1) + 1
+        raise bad_record(
+            path, line + before.count("\n"), column, f"not UTF-8 (byte 0x{raw[error.start]:02x})"
+        ) from error
+
+
+def text_of(record: object, field: str, path: Path | str, line: int) -> str:
+    """Text field of a parsed record. Raises BadRecord if there is none, or if it is no text."""
+    if not isinstance(record, dict):
+        raise bad_record(path, line, 1, f"a record must be an object with fields, not {type(record).__name__}")
+    if field not in record:
+        there = ", ".join(repr(x) for x in record) or "none"
+        raise bad_record(
+            path, line, 1, f"no field {field!r} (fields: {there}; data.text_field names the field to read)"
+        )
+    text = record[field]
+    if not isinstance(text, str):
+        raise bad_record(path, line, 1, f"field {field!r} is {type(text).__name__}, not text")
+    if not text.isascii() and any("\ud800" <= x <= "\udfff" for x in text):
+        raise bad_record(path, line, 1, f"field {field!r} holds half of a surrogate pair, which is no character")
+    return text
+
+
+def unreadable(path: Path | str, error: OSError) -> DataError:
+    """The error for a file that the system does not let us read."""
+    return DataError(f"{path}: cannot be read ({error.strerror or error}); check the path and its permissions")
+
+
+def files_fingerprint(files: Sequence[Path]) -> dict[str, Any]:
+    """Number, size and digest of files by relative names and sizes: a copy elsewhere is the same data."""
+    parent = os.path.commonpath([x.parent.absolute() for x in files])
+    sizes = [(x.absolute().relative_to(parent).as_posix(), x.stat().st_size) for x in files]
+    digest = hashlib.sha256("\n".join(f"{size} {name}" for name, size in sizes).encode()).hexdigest()[:16]
+    return {"files": len(files), "bytes": sum(size for _, size in sizes), "digest": digest}

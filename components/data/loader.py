@@ -1,0 +1,280 @@
+"""Loader: deals the rows of each step to ranks and worker processes, and carries each row's cursor with it.
+
+Rank d of D owns rows d, d + D, ...; worker w of W makes every W-th of those. So neither decides what a row holds, and
+since cursors travel with the rows, whatever was prefetched but not trained on is simply made again after a resume.
+torchdata's StatefulDataLoader was rejected: its state is one per rank and worker count, and so belongs to a layout.
+"""
+
+import atexit
+import signal
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader as TorchDataLoader
+from torch.utils.data import IterableDataset, get_worker_info
+
+from components.config.training import DataLoader
+from components.data.rows import Cursor, Row, RowSource, padding_row
+from components.mesh.batch import Batch
+from components.runtime.errors import ConfigError, DataError, EspalierError
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """All rows of this rank for one step."""
+
+    batch: Batch
+    """The rows, in global order. # (rows, seq)"""
+    cursors: Tensor
+    """Where each row's stream goes on after this step. # (rows, width) int64"""
+
+
+class _Block(NamedTuple):
+    """What one worker makes of a step."""
+
+    rows: Tensor  # (4, rows, seq) int64: the fields of a Row
+    cursors: Tensor  # (rows, width) int64
+    skipped: int  # records skipped so far
+    ended: bool  # no row of it holds data
+
+
+class Loader:
+    """The rows of one rank, step by step. Iterating starts at the loaded position, each time anew.
+
+    Raises ConfigError if the rows cannot be dealt to `data_degree` ranks, or if the settings contradict each other.
+    """
+
+    def __init__(
+        self, source: RowSource, *, global_batch: int, data_rank: int, data_degree: int, dataloader: DataLoader
+    ) -> None:
+        _check(source, global_batch, data_degree, dataloader)
+        self._source, self._settings = source, dataloader
+        self.global_batch = global_batch
+        self._mine = range(data_rank, global_batch, data_degree)
+        self._cursors = source.start()
+        self._skipped = [0]
+        self._persistent: list[Any] = []  # torch's loader and its iterator, which own the worker processes
+        weakref.finalize(self, _end, self._persistent)
+        self._pin = dataloader.pin_memory and torch.accelerator.is_available()
+
+    @property
+    def streams(self) -> int:
+        """Streams of the source; a saved state has one cursor for each."""
+        return self._source.streams
+
+    @property
+    def rows(self) -> int:
+        """Rows of this rank in each step."""
+        return len(self._mine)
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What a saved state must agree with."""
+        return self._source.fingerprint
+
+    def report(self) -> dict[str, int]:
+        """Counts of this rank since the iteration began: `skipped_records`, those that could not be read."""
+        return {"skipped_records": sum(self._skipped)}
+
+    def __iter__(self) -> Iterator[StepRows]:
+        """Steps of this rank, until its own rows end; see `steps` for ranks in agreement. Raises DataError."""
+        for blocks in self._in_workers() if self._settings.num_workers else self._here():
+            if all(x.ended for x in blocks):
+                return
+            self._skipped = [x.skipped for x in blocks]
+            yield self._step(blocks)
+
+    def steps(self, group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu") -> Iterator[StepRows]:
+        """Steps that end on all ranks of the data-parallel group at once, without communication where they never end.
+
+        With the ending `stop` all end before the first step that one of them cannot fill; with `pad` those that are
+        done give padding until the last one is.
+        """
+        if self._source.ending == "repeat" or group is None:
+            yield from self
+            return
+        op = dist.ReduceOp.MIN if self._source.ending == "stop" else dist.ReduceOp.MAX
+        own = iter(self)
+        while True:
+            step = next(own, None)
+            more = torch.tensor(int(step is not None), device=device)
+            dist.all_reduce(more, op, group=group)
+            if not more.item():
+                return
+            yield step if step is not None else self._padding()
+
+    def state_dict(self, table: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """The position of the whole job, as JSON values. `table`: `gather_table` of the last step's cursors.
+
+        Streams beyond the batch have not begun; they keep the cursor that they were loaded with.
+        """
+        rest = self._cursors[len(table) :]
+        return {
+            "kind": self._source.kind,
+            "fingerprint": self.fingerprint,
+            "streams": self.streams,
+            "table": [list(x) for x in (*table, *rest)],
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved position, whatever layout saved it. Raises DataError that lists how the data differ."""
+        kind = self._source.kind
+        saved = {"kind": state.get("kind"), **state.get("fingerprint", {})}
+        here = {"kind": kind, **self.fingerprint}
+        keys = [k for k in sorted(saved.keys() | here.keys()) if saved.get(k) != here.get(k)]
+        if keys:
+            differ = "; ".join(f"{k} was {saved.get(k)!r}, is {here.get(k)!r}" for k in keys)
+            raise DataError(
+                f"the saved loader state belongs to other data: {differ}; restore these, or start a new job"
+            )
+        self._cursors = self._source.resume(state["table"])
+        _end(self._persistent)  # they know only the old position
+
+    def _here(self) -> Iterator[list[_Block]]:
+        """Blocks of each step, made in this process."""
+        return ([x] for x in _blocks(self._source, self._position()))
+
+    def _in_workers(self) -> Iterator[list[_Block]]:
+        """Blocks of each step from worker processes, in their order; at most one process a row."""
+        workers = min(self._settings.num_workers, self.rows)
+        held = self._persistent if self._settings.persistent_workers else []
+        if not held:
+            held.append(self._torch_loader(workers))
+            atexit.register(held.clear)  # before multiprocessing waits for its children, which ignore its signal
+        held[1:] = [iter(held[0])]
+        try:
+            while blocks := _round(held[1], workers):
+                yield blocks
+        finally:
+            if held is not self._persistent:
+                _end(held)
+
+    def _torch_loader(self, workers: int) -> TorchDataLoader[Any]:
+        return TorchDataLoader(
+            _WorkerRows(self._source, self._position()),
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=self._settings.prefetch_factor,
+            persistent_workers=self._settings.persistent_workers,
+            collate_fn=_as_is,
+            worker_init_fn=_calm,
+        )
+
+    def _position(self) -> dict[int, Cursor]:
+        """The loaded cursors of this rank's streams."""
+        return {s: self._cursors[s] for s in self._mine}
+
+    def _step(self, blocks: Sequence[_Block]) -> StepRows:
+        """Interleave the workers' rows."""
+        if len(blocks) == 1:
+            rows, cursors = blocks[0].rows, blocks[0].cursors
+        else:
+            rows = blocks[0].rows.new_empty((len(Row._fields), self.rows, self._source.seq_len))
+            cursors = blocks[0].cursors.new_empty((self.rows, blocks[0].cursors.shape[1]))
+            for w, block in enumerate(blocks):
+                rows[:, w :: len(blocks)] = block.rows
+                cursors[w :: len(blocks)] = block.cursors
+        batch = Batch(*rows)
+        return StepRows(batch.pin() if self._pin else batch, cursors)
+
+    def _padding(self) -> StepRows:
+        """A step without labels."""
+        row = padding_row(self._source.seq_len)
+        batch = Batch(*(torch.from_numpy(np.tile(x, (self.rows, 1))) for x in row))
+        return StepRows(batch, torch.tensor([self._cursors[s] for s in self._mine]))
+
+
+def gather_table(cursors: Tensor, group: dist.ProcessGroup | None = None) -> list[list[int]]:
+    """The cursors of all rows of a batch in global order, from those of each rank of the data-parallel group.
+
+    `cursors` (rows, width) must be on a device that the group communicates from; group ranks must be data ranks.
+    """
+    if group is None:
+        return cursors.tolist()
+    ranks = [torch.empty_like(cursors) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(ranks, cursors.contiguous(), group=group)
+    return torch.stack(ranks, dim=1).flatten(0, 1).tolist()  # row j of rank d is row d + D·j
+
+
+def _check(source: RowSource, global_batch: int, data_degree: int, settings: DataLoader) -> None:
+    """Raise ConfigError if the loader cannot be built."""
+    if global_batch % data_degree:
+        raise ConfigError(
+            f"a global batch of {global_batch} rows cannot be dealt evenly to {data_degree} data-parallel ranks"
+        )
+    if global_batch > source.streams:
+        raise ConfigError(
+            f"data.streams = {source.streams}: fewer than the global batch of {global_batch} rows; raise it, or set -1"
+        )
+    if not settings.num_workers:
+        for key, given in (
+            ("persistent_workers", settings.persistent_workers),
+            ("prefetch_factor", settings.prefetch_factor),
+        ):
+            if given:
+                raise ConfigError(f"dataloader.{key} = {given}: needs dataloader.num_workers > 0")
+
+
+def _blocks(source: RowSource, cursors: Mapping[int, Cursor]) -> Iterator[_Block]:
+    """One block a step from the streams named; with the ending `pad` there is no end, but blocks that say `ended`."""
+    streams = source.open(cursors)
+    last = list(cursors.values())
+    filler = padding_row(source.seq_len)
+    while True:
+        made = [next(x, None) for x in streams]
+        missing = sum(x is None for x in made)
+        if missing and source.ending != "pad":
+            return
+        last = [old if x is None else x[1] for x, old in zip(made, last, strict=True)]
+        rows = np.stack([np.stack(filler if x is None else x[0]) for x in made], axis=1)  # (4, rows, seq)
+        yield _Block(torch.from_numpy(rows), torch.tensor(last), source.skipped, missing == len(made))
+
+
+class _WorkerRows(IterableDataset[_Block | EspalierError | None]):
+    """What a worker process iterates: its blocks, then the error that ended them, or None."""
+
+    def __init__(self, source: RowSource, cursors: Mapping[int, Cursor]) -> None:
+        self._source, self._cursors = source, dict(cursors)
+
+    def __iter__(self) -> Iterator[_Block | EspalierError | None]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        streams = list(self._cursors)[worker::workers]
+        try:
+            yield from _blocks(self._source, {s: self._cursors[s] for s in streams})
+        except EspalierError as error:  # as an item: torch would wrap what is raised into a traceback of its own
+            yield error
+            return
+        yield None
+
+
+def _round(items: Iterator[_Block | EspalierError | None], workers: int) -> list[_Block]:
+    """One block from each worker, or none at all if one has ended. Raises the error that a worker met."""
+    made = [next(items, None) for _ in range(workers)]
+    for item in made:
+        if isinstance(item, EspalierError):
+            raise item
+    blocks = [x for x in made if isinstance(x, _Block)]
+    return blocks if len(blocks) == workers else []
+
+
+def _end(held: list[Any]) -> None:
+    """Drop the only references to worker processes, which ends them."""
+    held.clear()
+    atexit.unregister(held.clear)
+
+
+def _as_is(item: Any) -> Any:
+    return item
+
+
+def _calm(_: int) -> None:
+    """In a worker: leave signals to the training process, which may still want to write a checkpoint before it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,0 +1,125 @@
+"""Tokenizer: `tokenizer.json` plus what its neighbours say about begin and end tokens.
+
+Text never turns into special tokens: a document that spells `<|end_of_text|>` is encoded as ordinary characters, since
+only the packer may open and close documents. Post-processors that add such tokens are bypassed for the same reason.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as Backend
+
+from components.data.paths import find_path
+from components.runtime.errors import DataError
+
+CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+
+
+class Tokenizer:
+    """A `tokenizers` model and the ids of its begin and end tokens (None where it has none)."""
+
+    def __init__(self, definition: str, bos: str | None = None, eos: str | None = None) -> None:
+        self._definition, self._bos, self._eos = definition, bos, eos
+        self._backend = _backend(definition)
+        self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+        """Largest id + 1: the rows that an embedding needs."""
+        self.bos_id, self.eos_id = self._id(bos), self._id(eos)
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of everything that decides which ids a text gets."""
+        return hashlib.sha256(f"{self._definition}{self.bos_id},{self.eos_id}".encode()).hexdigest()[:16]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without begin and end tokens."""
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """As `encode`, on several threads. Not for loader workers: threads do not survive a fork."""
+        return [x.ids for x in self._backend.encode_batch(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, special tokens included."""
+        return self._backend.decode(list(ids), skip_special_tokens=False)
+
+    def _id(self, token: str | None) -> int | None:
+        """Id of a special token. Raises DataError if the vocabulary lacks it."""
+        if token is None:
+            return None
+        found = self._backend.token_to_id(token)
+        if found is None:
+            raise DataError(f"special token {token!r} is not in the vocabulary; mend {' or '.join(CONFIG_FILES)}")
+        return found
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Tokenizer, (self._definition, self._bos, self._eos)
+
+
+def load_tokenizer(path: str) -> Tokenizer:
+    """The tokenizer in a folder, looked up from the current folder and then from the project's.
+
+    Raises DataError: no such folder, no `tokenizer.json` in it, a file that cannot be read.
+    """
+    folder = find_path(path)
+    if folder is None or not folder.is_dir():
+        raise DataError(f"{path}: no such folder; set model.hf_assets_path to a folder that holds tokenizer.json")
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        there = ", ".join(sorted(x.name for x in folder.iterdir())) or "nothing"
+        raise DataError(
+            f"{path}: no tokenizer.json there (there is: {there}); set model.hf_assets_path to a folder that holds one"
+        )
+    tokens = _special_tokens(folder)
+    try:
+        return Tokenizer(_read(file), tokens.get("bos_token"), tokens.get("eos_token"))
+    except DataError as error:
+        raise DataError(f"{file}: {error}") from error
+
+
+def _backend(definition: str) -> Backend:
+    """The library's object. Raises DataError if the definition is not one of its own."""
+    try:
+        backend = Backend.from_str(definition)
+    except Exception as error:  # the library raises bare Exception
+        raise DataError(f"not a tokenizer definition ({error}); save it again with the tokenizers library") from error
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True  # True: spelled-out special tokens are encoded as ordinary text
+    return backend
+
+
+def _special_tokens(folder: Path) -> dict[str, str]:
+    """bos_token and eos_token of the first neighbour file that names them."""
+    found: dict[str, str] = {}
+    for file in (folder / name for name in CONFIG_FILES):
+        if file.is_file():
+            for key in ("bos_token", "eos_token"):
+                value = _json(file).get(key)
+                text = value.get("content") if isinstance(value, dict) else value
+                if isinstance(text, str):
+                    found.setdefault(key, text)
+    return found
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(_read(file))
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{file}:{error.lineno}:{error.colno}: not valid JSON ({error.msg}); mend or remove the file"
+        ) from error
+    if not isinstance(value, dict):
+        raise DataError(f"{file}:1:1: not a JSON object; mend or remove the file")
+    return value
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror}); check its permissions") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8 at byte {error.start}; mend or replace the file") from error
