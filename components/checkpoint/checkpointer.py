@@ -1,0 +1,242 @@
+"""Checkpointer: saves, finds, verifies and loads the checkpoints of one job.
+
+A checkpoint is a folder `step-N` with a valid manifest; `storage` says how it comes to be, `manifest` what makes it
+valid. What is loaded was verified before, down to its last byte: hashing runs at the speed of the storage, while a
+weight that was damaged in silence costs a run. Saving blocks; what a background save needs is already apart (writing,
+then committing).
+
+`steps` looks at the disk from one rank. All other public methods are collective, and raise on all ranks alike.
+"""
+
+import logging
+import time
+from collections.abc import Collection, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from components.checkpoint import storage
+from components.checkpoint.contents import read_files, require_savable, write_files
+from components.checkpoint.fingerprint import JobIdentity, require_same_job
+from components.checkpoint.manifest import FileEntry, Kind, Manifest, render
+from components.checkpoint.ranks import Ranks, describe
+from components.checkpoint.retention import doomed_steps
+from components.checkpoint.state import ALL_BUT_MODEL, check_exclude, export_tensors, without
+from components.checkpoint.tensors import Index, read_tensors, target_problems
+from components.checkpoint.verifying import Verifier
+from components.runtime.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+
+class Checkpointer:
+    """The checkpoints below `root` (`{dump_folder}/{checkpoint.folder}`).
+
+    `keep_latest_k`: checkpoints that stay after a save, 0 for all. `group`: the ranks that save and load together, a
+    process group of the CPU; None for a single process. Creating a Checkpointer touches no file.
+    """
+
+    def __init__(self, root: Path, *, keep_latest_k: int, group: ProcessGroup | None) -> None:
+        self.root = root
+        self._keep = keep_latest_k
+        self._ranks = Ranks(group)
+        self._verifier = Verifier(root, self._ranks)
+
+    def steps(self) -> list[int]:
+        """Steps with a valid checkpoint, ascending: manifest and sizes are checked, hashes are not. Not collective."""
+        return [*self._verifier.valid()]
+
+    def latest(self) -> int | None:
+        """The newest checkpoint that is whole to the last byte; None if there is none at all.
+
+        Says loudly when it has to pass over a broken one. Raises CheckpointError if all are broken: a program must not
+        decide to start again from nothing.
+        """
+        broken: list[str] = []
+        for step in reversed(self._ranks.on_first(self._verifier.finished)):
+            problems = self.verify(step)
+            if not problems:
+                self._log(logging.WARNING, *(f"{problem}: falling back to step-{step}" for problem in broken))
+                return step
+            broken += problems
+        if broken:
+            mend = "move them away or start a new job.dump_folder"
+            raise CheckpointError(f"no checkpoint in '{self.root}' is valid: {'; '.join(broken)}; {mend}")
+        return None
+
+    def resolve(self, load_step: int) -> int | None:
+        """The step that `checkpoint.load_step` means: −1 the latest (None if there is none), else exactly that one.
+
+        Raises CheckpointError for a step without a valid checkpoint; the message lists those that there are.
+        """
+        if load_step == -1:
+            return self.latest()
+        if problems := self.verify(load_step):
+            there = self._ranks.on_first(lambda: ", ".join(f"step-{step}" for step in self.steps())) or "none"
+            raise CheckpointError(f"checkpoint.load_step = {load_step}: {problems[0]}; valid in '{self.root}': {there}")
+        return load_step
+
+    def read_manifest(self, step: int | Path) -> Manifest:
+        """The manifest of a checkpoint; sizes are checked, hashes are not. Raises CheckpointError."""
+        return self._verifier.manifest(step)
+
+    def verify(self, step: int | Path) -> list[str]:
+        """Check every byte of a checkpoint, the ranks sharing the work; what is wrong, empty if nothing is."""
+        return self._verifier.problems(step)
+
+    def prepare(self) -> None:
+        """Before the first save: create the folder, see that it can be written to, remove what killed runs left.
+
+        Raises CheckpointError if it cannot be written to.
+        """
+        what = f"checkpoint.folder: '{self.root}' cannot be written to"
+        if removed := self._ranks.on_first(lambda: storage.prepare(self.root), what):
+            self._log(
+                logging.WARNING, f"removed {len(removed)} unfinished checkpoints of killed runs: {', '.join(removed)}"
+            )
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], job: JobIdentity) -> Path:
+        """Save everything that a resume needs; the checkpoint's folder.
+
+        `tensors`: `<part>.<name>` → tensor or DTensor, what this rank holds. `state`: part → plain JSON value, equal on
+        all ranks. Saving a step again that is there, whole and of the same job, does nothing. Raises CheckpointError on
+        all ranks if anything fails on any; no `step-N` appears then, and earlier checkpoints are untouched.
+        """
+        return self._save(step, tensors, dict(state), job, "training")
+
+    def save_model(self, step: int, tensors: Mapping[str, Tensor], job: JobIdentity, dtype: torch.dtype) -> Path:
+        """Save only the model's tensors, as `dtype` (`checkpoint.export_dtype`). Training cannot resume from it."""
+        return self._save(step, export_tensors(tensors, dtype), {}, job, "model_only")
+
+    def load(
+        self,
+        step: int | Path,
+        tensors: Mapping[str, Tensor],
+        *,
+        job: JobIdentity | None,
+        exclude: Collection[str] = (),
+        cast: bool = False,
+    ) -> dict[str, Any]:
+        """Verify a checkpoint and load it into the tensors in place; the saved state, part → value.
+
+        `step`: a step of this job, or the folder of any checkpoint. `job`: whose checkpoint it must be; None where that
+        does not matter (`initial_load_path`). `exclude`: parts left as they are. `cast`: floating point tensors may
+        have another type here. Raises CheckpointError, before any tensor is touched, for a checkpoint that is broken,
+        of another job or without what a resume needs, and for each tensor that is missing, unexpected or does not fit.
+        """
+        check_exclude(exclude)
+        folder, manifest = self._verifier.folder(step), self.read_manifest(step)
+        _require_complete(folder.name, manifest, exclude)
+        if job is not None:
+            require_same_job(folder.name, manifest.fingerprint, job.fingerprint)
+        self._verifier.require_whole(step)
+        what = f"checkpoint {folder.name}"
+        index, state = self._ranks.on_first(lambda: read_files(folder, manifest), what)
+        index, wanted = without(index, exclude), without(tensors, exclude)
+        self._require_fit(index, wanted, cast, what)
+        self._ranks.everywhere(lambda: read_tensors(folder, index, wanted), what)
+        return without(state, exclude)
+
+    def _require_fit(self, index: Index, tensors: Mapping[str, Tensor], cast: bool, what: str) -> None:
+        unclaimed = self._ranks.gather({*index} - {*tensors})  # with pipeline stages a rank has only some of the names
+        unexpected = self._ranks.on_first(lambda: sorted(set.intersection(*unclaimed)))
+        extra = [f"not expected here: {', '.join(unexpected)}"] if unexpected else []
+
+        def check() -> None:
+            if problems := extra + target_problems(index, tensors, cast):
+                raise CheckpointError("; ".join(problems))
+
+        self._ranks.everywhere(check, f"{what} does not fit")
+
+    def _save(
+        self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], job: JobIdentity, kind: Kind
+    ) -> Path:
+        final, what = self._verifier.folder(step), f"cannot save step-{step} in '{self.root}'"
+        if self._is_saved(step, job, kind, what):
+            return final
+        started = time.perf_counter()
+        require_savable(tensors, state, self._ranks, what)
+        temporary = self._ranks.on_first(lambda: storage.make_temporary(self.root, step), what)
+        try:
+            files = write_files(temporary, tensors, state, self._ranks, what)
+            manifest = _manifest(step, kind, files, job)
+            self._ranks.on_first(lambda: storage.commit(temporary, final, render(manifest)), what)
+        except CheckpointError:
+            self._discard(temporary)
+            raise
+        size, seconds = sum(entry.size for entry in files), time.perf_counter() - started
+        self._log(logging.INFO, f"saved step-{step}: {size / 1e6:.1f} MB in {seconds:.2f} s")
+        self._retain(step)
+        return final
+
+    def _is_saved(self, step: int, job: JobIdentity, kind: Kind, what: str) -> bool:
+        folder = self._verifier.folder(step)
+        if not self._ranks.on_first(lambda: folder.is_symlink() or folder.exists(), what):
+            return False
+        if problems := self.verify(step):
+            aside = self._ranks.on_first(lambda: storage.set_aside(folder), what)
+            self._log(logging.WARNING, f"{problems[0]}: moved aside to '{aside}'")
+            return False
+        manifest = self.read_manifest(step)
+        require_same_job(folder.name, manifest.fingerprint, job.fingerprint)
+        if manifest.kind != kind:
+            raise CheckpointError(f"{what}: it is there already, as a {manifest.kind} checkpoint: move it away first")
+        self._log(logging.INFO, f"step-{step} is there already, valid and of this job: it stays as it is")
+        return True
+
+    def _discard(self, temporary: Path) -> None:
+        if self._ranks.first:
+            try:
+                storage.discard(temporary)
+            except OSError as error:
+                self._log(logging.WARNING, f"{describe(error)}: '{temporary}' stays until the next start")
+
+    def _retain(self, saved: int) -> None:
+        if not self._ranks.first or not self._keep:
+            return
+        manifests = self._verifier.valid()
+        for step in doomed_steps(manifests, self._keep, saved):
+            try:
+                self._delete(step, manifests[step])
+            except (OSError, CheckpointError) as error:  # the save itself is done and good
+                self._log(logging.WARNING, f"step-{step} could not be deleted: {describe(error)}")
+
+    def _delete(self, step: int, manifest: Manifest) -> None:
+        folder = self._verifier.folder(step)
+        if foreign := storage.foreign_files(folder, manifest):
+            text = f"'{folder}' stays beyond checkpoint.keep_latest_k: it holds other files ({', '.join(foreign)})"
+            self._log(logging.WARNING, text)
+        else:
+            storage.delete(folder)
+
+    def _log(self, level: int, *texts: str) -> None:
+        for text in texts:
+            if self._ranks.first:
+                logger.log(level, "%s", text)
+
+
+def _require_complete(name: str, manifest: Manifest, exclude: Collection[str]) -> None:
+    if manifest.kind == "model_only" and not {*ALL_BUT_MODEL} <= {*exclude}:
+        raise CheckpointError(
+            f"checkpoint {name} holds only weights (checkpoint.last_save_model_only): training cannot resume from it; "
+            "resume from an earlier one with checkpoint.load_step, or start from its weights with "
+            "checkpoint.initial_load_path in a new job.dump_folder"
+        )
+
+
+def _manifest(step: int, kind: Kind, files: list[FileEntry], job: JobIdentity) -> Manifest:
+    return Manifest(
+        step=step,
+        kind=kind,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        files=files,
+        fingerprint=job.fingerprint,
+        layout=job.layout,
+        config=job.config,
+        versions=job.versions,
+        revision=job.revision,
+    )

@@ -1,0 +1,95 @@
+"""What a checkpoint holds, by name. Tensors are `<part>.<name>`; all else is JSON under the name of its part.
+
+Names are the canonical ones of the unsharded model, so that a checkpoint means the same on every layout. Pickled
+objects were rejected: they run code when they are loaded, and bind a checkpoint to the classes of the day.
+"""
+
+import difflib
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from components.runtime.errors import CheckpointError, ConfigError
+
+PARTS = ("model", "optimizer", "lr_scheduler", "dataloader", "train_state")
+"""The names that `checkpoint.exclude_from_loading` knows."""
+ALL_BUT_MODEL = PARTS[1:]
+"""What is excluded when only weights are taken."""
+
+
+def model_tensors(model_parts: Sequence[nn.Module]) -> dict[str, Tensor]:
+    """Parameters and persistent buffers as `model.<name>`; a tied parameter once, under its first name.
+
+    The tensors are the model's own: loading into them changes the model. Goes through `state_dict`, whose hooks let
+    FSDP put its shards back first. Raises CheckpointError for two parts with the same name, and for state that is no
+    tensor.
+    """
+    named: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for part in model_parts:
+        for name, value in part.state_dict(keep_vars=True).items():
+            if not isinstance(value, Tensor):
+                raise CheckpointError(f"model.{name} is a {type(value).__name__}: a module's state must be tensors")
+            if f"model.{name}" in named:
+                raise CheckpointError(f"model.{name} is in two model parts: names must be those of the whole model")
+            if id(value) not in seen:
+                seen.add(id(value))
+                named[f"model.{name}"] = value
+    return named
+
+
+def optimizer_tensors(named_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Optimizer state, given as `<parameter>.<state>`, as `optimizer.<parameter>.<state>`."""
+    return {f"optimizer.{name}": value for name, value in named_state.items()}
+
+
+def export_tensors(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The model's tensors alone, floating point ones as `dtype`; a copy where the type changes."""
+    return {
+        name: value.detach().to(dtype) if value.is_floating_point() else value
+        for name, value in tensors.items()
+        if part_of(name) == "model"
+    }
+
+
+def part_of(name: str) -> str:
+    """The part that a tensor belongs to."""
+    return name.partition(".")[0]
+
+
+def without(named: Mapping[str, Any], exclude: Collection[str]) -> dict[str, Any]:
+    """Entries (tensors or parts of the state) that belong to none of the excluded parts."""
+    return {name: value for name, value in named.items() if part_of(name) not in exclude}
+
+
+def check_exclude(exclude: Iterable[str]) -> None:
+    """Raise ConfigError for names that are no parts."""
+    problems = []
+    for name in exclude:
+        if name not in PARTS:
+            near = difflib.get_close_matches(name, PARTS, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            problems.append(
+                f"checkpoint.exclude_from_loading = {name!r}: no such part; allowed: {', '.join(PARTS)}{hint}"
+            )
+    if problems:
+        raise ConfigError(*problems)
+
+
+def require_plain(value: Any, where: str = "state") -> None:
+    """Raise CheckpointError unless JSON gives `value` back exactly as it is: no tuples, no keys but strings, no NaN."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                raise CheckpointError(f"{where} has the key {key!r}: keys must be strings")
+            require_plain(inner, f"{where}.{key}")
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            require_plain(inner, f"{where}[{index}]")
+    elif type(value) not in (str, int, float, bool, type(None)):
+        raise CheckpointError(f"{where} is a {type(value).__name__}: JSON cannot give it back as it is")
+    elif isinstance(value, float) and math.isnan(value):
+        raise CheckpointError(f"{where} is not a number (nan): save None instead")

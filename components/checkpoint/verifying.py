@@ -1,0 +1,91 @@
+"""Verifier: reads manifests and checks checkpoints against them; the ranks share the work and agree on the verdict."""
+
+import logging
+from pathlib import Path
+
+from components.checkpoint import storage
+from components.checkpoint.hashing import hash_chunks
+from components.checkpoint.manifest import MANIFEST, FileEntry, Manifest, read_manifest, render
+from components.checkpoint.ranks import Ranks
+from components.runtime.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+
+class Verifier:
+    """Checks the checkpoints below `root`; what it has found whole it does not hash again.
+
+    A checkpoint is given as a step of this job or as the path of any checkpoint's folder.
+    """
+
+    def __init__(self, root: Path, ranks: Ranks) -> None:
+        self._root, self._ranks = root, ranks
+        self._whole: set[tuple[Path, bytes]] = set()
+
+    def folder(self, step: int | Path) -> Path:
+        """Where a checkpoint is."""
+        return step if isinstance(step, Path) else storage.step_folder(self._root, step)
+
+    def valid(self) -> dict[int, Manifest]:
+        """Manifests of the checkpoints that are valid by manifest and sizes, by ascending step. Not collective."""
+        found: dict[int, Manifest] = {}
+        for step in storage.step_folders(self._root):
+            try:
+                found[step] = self._read(step)
+            except CheckpointError as error:
+                logger.debug("step-%d is not valid: %s", step, error)
+        return found
+
+    def finished(self) -> list[int]:
+        """Steps whose folder has a manifest, valid or not, ascending. Others are no checkpoints; the log says so."""
+        finished = []
+        for step in storage.step_folders(self._root):
+            if (self.folder(step) / MANIFEST).exists():
+                finished.append(step)
+            else:
+                logger.warning("'%s' has no %s: it is not a checkpoint, and is ignored", self.folder(step), MANIFEST)
+        return finished
+
+    def manifest(self, step: int | Path) -> Manifest:
+        """The manifest; sizes are checked, hashes are not. Collective. Raises CheckpointError."""
+        return self._ranks.on_first(lambda: self._read(step), f"checkpoint {self.folder(step).name}")
+
+    def _read(self, step: int | Path) -> Manifest:
+        if isinstance(step, int) and self.folder(step).is_symlink():
+            raise CheckpointError(
+                "it is a symbolic link, not a folder: name its target in checkpoint.initial_load_path"
+            )
+        manifest = read_manifest(self.folder(step))
+        if isinstance(step, int) and manifest.step != step:
+            raise CheckpointError(f"its {MANIFEST} says step {manifest.step}: the folder has been renamed")
+        return manifest
+
+    def require_whole(self, step: int | Path) -> Manifest:
+        """Check every byte; the manifest. Collective. Raises CheckpointError with all that is wrong."""
+        folder, manifest = self.folder(step), self.manifest(step)
+        what, key = f"checkpoint {folder.name}", (folder.absolute(), render(manifest))
+        if key not in self._whole:
+            chunks = [(entry, index) for entry in manifest.files for index in range(len(entry.hashes))]
+            mine = chunks[self._ranks.rank :: self._ranks.size]
+            changed = self._ranks.everywhere(lambda: _changed(folder, mine, manifest.chunk_bytes), what)
+            if problems := sorted(text for texts in self._ranks.all_gather(changed) for text in texts):
+                raise CheckpointError(f"{what} is broken: {'; '.join(problems)}")
+            self._whole.add(key)
+        return manifest
+
+    def problems(self, step: int | Path) -> list[str]:
+        """Check every byte; what is wrong, empty if nothing is. Collective."""
+        try:
+            self.require_whole(step)
+        except CheckpointError as error:
+            return [str(error)]
+        return []
+
+
+def _changed(folder: Path, chunks: list[tuple[FileEntry, int]], chunk_bytes: int) -> list[str]:
+    found = hash_chunks([(folder / entry.name, index) for entry, index in chunks], chunk_bytes)
+    return [
+        f"{entry.name}: bytes {index * chunk_bytes} to {min((index + 1) * chunk_bytes, entry.size)} have changed"
+        for (entry, index), value in zip(chunks, found, strict=True)
+        if entry.hashes[index] != value
+    ]
