@@ -1,15 +1,14 @@
 """TrainSpec: the one thing a model family hands to the Trainer, and the registry it is looked up in.
 
-Two steps, so that `check` and `--help` need no torch. A registry entry is a Family: name, flavors, `load`, all torch-free.
-`load()` imports the model and returns its TrainSpec. The default builders import what they need when they are called; a
-minimal spec names a model, its flavors and its plan, and replaces a builder only where its idea is.
-"""
+Two steps, so that `check` and `--help` need no torch. A registry entry is a Family: name, flavors, `load`, all torch-
+free. `load()` imports the model and returns its TrainSpec. The default builders import what they need when they are
+called; a minimal spec names a model, its flavors and its plan, and replaces a builder only where its idea is."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -95,9 +94,9 @@ def build_default_lr_schedulers(optimizers: Optimizers, job: JobConfig) -> LRSch
 
 def build_default_tokenizer(job: JobConfig) -> Tokenizer:
     """The `tokenizer.json` in `model.tokenizer_path`, else in `model.hf_assets_path`."""
-    from components.data.tokenizer import load_tokenizer
+    from components.data.build import build_tokenizer
 
-    return load_tokenizer(job.model.tokenizer_path or job.model.hf_assets_path)
+    return build_tokenizer(job)
 
 
 def build_default_dataloader(
@@ -110,7 +109,7 @@ def build_default_dataloader(
     validation: bool = False,
 ) -> Loader:
     """Rows of `training.dataset`, or of `validation.dataset`, in the job's order."""
-    from components.data.loader import build_loader
+    from components.data.build import build_loader
 
     return build_loader(
         job,
@@ -123,11 +122,14 @@ def build_default_dataloader(
 
 
 def build_default_loss(job: JobConfig) -> LossFn:
-    """The loss of `[loss]`, compiled where `[compile]` says so."""
-    from components.loss.cross_entropy import build_loss
+    """The loss of `[loss]`; what it takes of each token's logits is compiled where `[compile]` says so."""
+    from components.loss.cross_entropy import ChunkedCrossEntropy, CrossEntropy, build_loss
     from components.parallel.compile import compile_loss
 
-    return compile_loss(build_loss(job.loss), job.compile)
+    loss = build_loss(job.loss)
+    if isinstance(loss, CrossEntropy | ChunkedCrossEntropy):
+        return replace(loss, token_losses=compile_loss(loss.token_losses, job.compile))
+    return compile_loss(loss, job.compile)
 
 
 def build_default_metrics_processor(job: JobConfig, world: World, resume_step: int | None) -> Sinks:
@@ -191,7 +193,7 @@ def register_train_spec(name: str, spec: TrainSpec) -> TrainSpec:
 
 
 def register_family(name: str, flavors: Mapping[str, ModelArgs], spec: str) -> None:
-    """Register a family without importing its model. `spec` is "module:function", the function returning a TrainSpec."""
+    """Register a family without importing its model. `spec` is "module:function"; the function returns a TrainSpec."""
     module, _, function = spec.partition(":")
     families.register(name, Family(name, flavors, lambda: getattr(importlib.import_module(module), function)()))
 
@@ -203,7 +205,7 @@ def _register_built_in() -> None:
 
 
 def load_entry_points() -> Iterator[str]:
-    """Let installed packages register: each entry point of the group is a function without arguments. Yields their names.
+    """Let installed packages register: each entry point of the group is a function without arguments. Yields names.
 
     Raises ConfigError that names the package when one cannot be imported.
     """

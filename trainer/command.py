@@ -1,0 +1,116 @@
+"""What `python -m trainer` does: one process of a job, or `check`, or `--help`.
+
+Everything up to the Trainer is torch-free, so that a mistake in a config costs a second, not the start of a job. Errors
+that are raised on purpose become prose here and nowhere else; what is left is a defect of ours and keeps its traceback.
+"""
+
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, MutableMapping
+from typing import TYPE_CHECKING
+
+from components.runtime.errors import ConfigError, EspalierError
+
+if TYPE_CHECKING:
+    from trainer.config.load import ResolvedJob
+
+
+def main(argv: list[str], environ: MutableMapping[str, str]) -> int:
+    """Run what the arguments ask for. Returns the exit code."""
+    if argv[:1] == ["check"]:
+        from trainer.check import run_check
+
+        return run_check(argv[1:], environ)
+    if any(argument in ("--help", "-h") for argument in argv):
+        from trainer.config.help import help_text
+
+        print(help_text())
+        return 0
+    return report_errors(lambda: train(argv, environ))
+
+
+def train(argv: list[str], environ: MutableMapping[str, str]) -> int:
+    """Read and validate the job, then train it or, under `comm.mode = "fake_backend"`, say what it would take."""
+    from trainer.config.load import load_job
+    from trainer.config.output import print_config
+
+    resolved = load_job(argv, environ)
+    import_custom(resolved.job.experimental.custom_import)
+    validate_job(resolved, world_size(resolved, environ))
+    if resolved.job.job.print_config:
+        print(print_config(resolved))
+    if resolved.job.comm.mode == "fake_backend":
+        from trainer.dry_run import dry_run
+
+        return dry_run(resolved.job, resolved.notes, world_size(resolved, environ))
+    from trainer.trainer import Trainer
+
+    trainer = Trainer(resolved, environ)
+    trainer.train()
+    trainer.close()
+    return 0
+
+
+def import_custom(module: str) -> None:
+    """Import the module of `experimental.custom_import`, whose names then count as registered. Raises ConfigError."""
+    if not module:
+        return
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(
+            f"experimental.custom_import = {module!r} cannot be imported: {error}; it is looked up like any module"
+        ) from error
+
+
+def validate_job(resolved: "ResolvedJob", ranks: int) -> None:
+    """Every problem of the job on that many ranks, as one ConfigError."""
+    from models.train_spec import load_entry_points
+    from trainer.config.names import find_model
+    from trainer.config.validate import located, validate
+
+    list(load_entry_points())
+    args, problems = find_model(resolved.job)
+    problems += validate(resolved.job, ranks, args)
+    if problems:
+        raise ConfigError(*located(problems, resolved.provenance))
+
+
+def world_size(resolved: "ResolvedJob", environ: MutableMapping[str, str]) -> int:
+    """Ranks of the job: those that torchrun started, or in a dry run those that NGPU and NNODES pretend."""
+    if resolved.job.comm.mode == "default":
+        return int(environ.get("WORLD_SIZE", "1"))
+    return int(environ.get("NGPU") or "1") * int(environ.get("NNODES") or "1")
+
+
+def report_errors(run: Callable[[], int]) -> int:
+    """Run, and turn an error that was raised on purpose into a message and its exit code."""
+    try:
+        return run()
+    except EspalierError as error:
+        say(describe(error), os.environ)
+        return int(error.exit_code)
+    except KeyboardInterrupt:
+        say("interrupted", os.environ)
+        return 130
+
+
+def describe(error: EspalierError) -> str:
+    """An error as prose: a line, or a line for each of its problems."""
+    problems = error.problems if isinstance(error, ConfigError) else ()
+    if len(problems) < 2:
+        return str(error)
+    return "\n  ".join([f"{len(problems)} problems in the configuration", *problems])
+
+
+def say(message: str, environ: MutableMapping[str, str]) -> None:
+    """Print an error; a worker of torchrun hands it to the agent instead, which prints one of them once."""
+    if path := environ.get("TORCHELASTIC_ERROR_FILE"):
+        stamp = {"timestamp": str(int(time.time())), "py_callstack": ""}
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump({"message": {"message": message, "extraInfo": stamp}}, file)
+    else:
+        print(f"error: {message}", file=sys.stderr)

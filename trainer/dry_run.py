@@ -1,0 +1,85 @@
+"""The dry run: rank 0's first step of a job on any number of ranks, in one process, without a GPU, data or tokenizer.
+
+The process group is fake and so are the tensors (shapes without memory), but mesh, sharding, model, loss, optimizer and
+the step are the real ones, by the same calls as the Trainer's. Whatever a real run would refuse is refused here.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from components.estimate.footprint import Footprint, footprint
+from components.mesh.batch import Batch
+from components.mesh.degrees import resolve_degrees
+from components.mesh.parallel_dims import ParallelDims
+from components.optim.clip import clip_gradients
+from components.runtime import distributed
+from components.runtime.device import compute_dtype
+from models.train_spec import families, get_args
+from trainer.build import build_model
+from trainer.settle import settle
+from trainer.trainer import Trainer
+
+if TYPE_CHECKING:
+    from components.config.job_config import JobConfig
+
+DEVICE = torch.device("cpu")  # a fake accelerator aborts the process in backward where torch was built without it
+
+
+class DryTrainer(Trainer):
+    """The Trainer's forward and backward over fake tensors, for rank 0 of `ranks`. Use it inside of FakeTensorMode."""
+
+    def __init__(self, job: JobConfig, dims: ParallelDims) -> None:
+        self.device, self.dims = DEVICE, dims
+        self.job, self.notes = settle(job, dims.data_degree, {})
+        self.dtype = compute_dtype(job.training.mixed_precision_param, DEVICE, dry_run=True)
+        self.spec = families[job.model.name].load()
+        self.args = get_args(job.model.name, job.model.flavor)
+        self.model = build_model(self.spec, self.args, self.job, dims, DEVICE, self.dtype, seed=0)
+        self.loss_fn = self.spec.build_loss_fn(self.job)
+        self.optimizers = self.spec.build_optimizers_fn([self.model], self.job, DEVICE)
+
+    def step(self) -> Footprint:
+        """One step on rows without content; what the rank then holds."""
+        rows = self.job.training.global_batch_size // self.dims.data_degree
+        blank = torch.zeros(rows, self.job.training.seq_len, dtype=torch.int64)
+        self.accumulate(Batch(blank, blank, blank, blank))
+        clip_gradients(self.model.parameters(), self.job.training.max_norm)
+        self.optimizers.step()
+        return footprint(self.model, self.optimizers.named_state().values())
+
+
+def dry_run(job: JobConfig, notes: list[str], ranks: int) -> int:
+    """Print what each of `ranks` ranks would hold. Returns the exit code."""
+    begin = time.perf_counter()
+    distributed.init_fake(ranks)
+    dims = ParallelDims.build(resolve_degrees(job.parallelism, ranks), DEVICE.type)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        trainer = DryTrainer(job, dims)
+        held = trainer.step()
+    distributed.destroy()
+    print(summary(trainer, held, [*notes, *trainer.notes]))
+    print(f"dry run: one step of rank 0 of {ranks} in {time.perf_counter() - begin:.1f} s; nothing was trained")
+    return 0
+
+
+def summary(trainer: DryTrainer, held: Footprint, notes: list[str]) -> str:
+    """What was found, as text."""
+    job, degrees, training = trainer.job, trainer.dims.degrees, trainer.job.training
+    batch = training.global_batch_size
+    lines = [
+        *(f"note: {note}" for note in notes),
+        f"model: {job.model.name} {job.model.flavor}, {trainer.args.parameter_count():,} parameters",
+        f"layout: {degrees.world} ranks, {degrees.dp_replicate} replicated × {degrees.dp_shard} sharded",
+        f"step: {batch} rows × {training.seq_len} tokens = {batch * training.seq_len:,} tokens,"
+        f" {batch // degrees.batch} rows on each rank,"
+        f" {trainer.args.flops_per_token(training.seq_len) * batch * training.seq_len:.3e} FLOPs",
+        f"precision: stored in {training.dtype}, computed in {str(trainer.dtype).removeprefix('torch.')}",
+        "each rank holds",
+        held.table(),
+    ]
+    return "\n".join(lines)

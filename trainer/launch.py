@@ -1,0 +1,109 @@
+"""`run_train.sh` in Python: how many processes, started how, ended with which code.
+
+One process is this process. Several are torchrun's agent, called as a library: its own script answers a worker that
+failed with a traceback of the agent and exit code 1, where a user needs the worker's message once, and its code.
+Rejected: a launcher of our own. torchrun's rendezvous, restarts and signal handling are well kept.
+"""
+
+import os
+import sys
+from collections.abc import Mapping, MutableMapping
+from pathlib import Path
+
+from trainer.guard import guard_rooms
+
+
+def visible_accelerators() -> int:
+    """Number of accelerators; 0 without any. Imports torch only where a driver's device files exist."""
+    if not any(Path("/dev").glob("nvidia[0-9]*")) and not Path("/dev/kfd").exists():
+        return 0
+    import torch
+
+    return torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+
+
+def count(environ: Mapping[str, str], name: str, default: int) -> int:
+    """A positive whole number from the environment. Raises ConfigError."""
+    from components.runtime.errors import ConfigError
+
+    text = environ.get(name, "")
+    if not text:
+        return default
+    if not text.isdigit() or int(text) < 1:
+        raise ConfigError(f"{name}={text}: must be an integer of at least 1")
+    return int(text)
+
+
+def torchrun_arguments(environ: Mapping[str, str], processes: int, nodes: int) -> list[str]:
+    """torchrun's options for this layout of processes."""
+    options = [f"--nproc-per-node={processes}", f"--nnodes={nodes}"]
+    if nodes == 1 and "MASTER_PORT" not in environ:
+        return [*options, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    return [
+        *options,
+        f"--node-rank={environ.get('NODE_RANK', '0')}",
+        f"--master-addr={environ.get('MASTER_ADDR', 'localhost')}",
+        f"--master-port={environ.get('MASTER_PORT', '29500')}",
+    ]
+
+
+def run_workers(argv: list[str], environ: MutableMapping[str, str], processes: int, nodes: int) -> int:
+    """Start the workers of this machine, wait for them, and return the exit code of the first that failed, else 0."""
+    import logging
+
+    from torch.distributed import DistError
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+    from torch.distributed.run import config_from_args, parse_args
+
+    # The agent's own account of a failure repeats what the worker says, at length.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    options = torchrun_arguments(environ, processes, nodes)
+    config, command, arguments = config_from_args(parse_args([*options, "-m", "trainer", *argv]))
+    try:
+        elastic_launch(config, command)(*arguments)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        print(f"error: [rank {rank}] {failure.message}", file=sys.stderr)
+        return failure.exitcode if failure.exitcode > 0 else 1
+    except DistError as error:
+        print(f"error: {rendezvous_problem(environ, error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def rendezvous_problem(environ: Mapping[str, str], error: Exception) -> str:
+    """What to say when the machines cannot find each other, or the port is taken."""
+    address = f"{environ.get('MASTER_ADDR', 'localhost')}:{environ.get('MASTER_PORT', '29500')}"
+    reason = str(error).splitlines()[0]
+    return (
+        f"the ranks cannot meet at {address}: {reason}. Is another job using that port? Set MASTER_PORT to a free one,"
+        " and MASTER_ADDR to the machine with NODE_RANK=0"
+    )
+
+
+def launch(argv: list[str], environ: MutableMapping[str, str]) -> int:
+    """Run the job that the environment and the arguments describe. Returns the exit code."""
+    from trainer.command import main, report_errors
+
+    def start() -> int:
+        fake = environ.get("COMM_MODE", "default") == "fake_backend"
+        processes = count(environ, "NGPU", 1 if fake else visible_accelerators() or 1)
+        nodes = count(environ, "NNODES", 1)
+        environ["NGPU"], environ["NNODES"] = str(processes), str(nodes)
+        if fake or environ.get("COMM_MODE") == "local_tensor" or processes * nodes == 1 or wants_no_job(argv):
+            return main(argv, environ)
+        return run_workers(argv, environ, processes, nodes)
+
+    return report_errors(start)
+
+
+def wants_no_job(argv: list[str]) -> bool:
+    """Whether the arguments ask for something that one process answers."""
+    return bool(argv) and argv[0] in ("check", "--help", "-h")
+
+
+if __name__ == "__main__":
+    guard_rooms()
+    sys.exit(launch(sys.argv[1:], os.environ))

@@ -1,0 +1,143 @@
+"""What of a running job is saved, and how a job finds its way back: the Trainer's side of `components.checkpoint`.
+
+The parts are those that `checkpoint.exclude_from_loading` names: model, optimizer, lr_scheduler, dataloader,
+train_state. Tensors go by name into the checkpoint's tensor files, everything else into its JSON. The schedule is a
+pure function of the step, so all that it saves is the step it counts from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from components.checkpoint.checkpointer import Checkpointer
+from components.checkpoint.fingerprint import JobIdentity
+from components.checkpoint.manifest import Manifest
+from components.checkpoint.state import ALL_BUT_MODEL, check_exclude, model_tensors, optimizer_tensors
+from components.config.job_config import JobConfig
+from components.runtime.logging import logger
+
+if TYPE_CHECKING:
+    from components.data.loader import Loader
+    from components.optim.optimizers import Optimizers
+
+EXPORT_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass
+class Progress:
+    """How far a job is."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    tokens: int = 0
+    """Valid label tokens trained on."""
+    schedule_start: int = 0
+    """Step that the learning-rate schedule counts from."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is saved of a job, besides its progress."""
+
+    model: nn.Module
+    optimizers: Optimizers
+    loader: Loader
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that is a tensor, as `<part>.<name>`; the very tensors, to save from or load into."""
+        return {**model_tensors([self.model]), **optimizer_tensors(self.optimizers.named_state())}
+
+
+@dataclass(frozen=True)
+class Source:
+    """The checkpoint that a run starts from."""
+
+    step: int | Path
+    """A step of this run's own folder, or a folder elsewhere."""
+    manifest: Manifest
+    """What it says of itself."""
+    model_only: bool
+    """Take only the weights."""
+
+    def describe(self) -> str:
+        """Its name, for messages."""
+        return f"step-{self.step}" if isinstance(self.step, int) else str(self.step)
+
+
+class Persistence:
+    """Saves and loads one job's parts. With `checkpoint.enable` off it does neither."""
+
+    def __init__(self, job: JobConfig) -> None:
+        self.config = job.checkpoint
+        check_exclude(self.config.exclude_from_loading)
+        root = Path(job.job.dump_folder) / self.config.folder
+        group = dist.group.WORLD if dist.is_initialized() else None
+        self.store = Checkpointer(root, keep_latest_k=self.config.keep_latest_k, group=group)
+        self.saved_step = -1
+        if self.config.enable and not self.config.load_only:
+            self.store.prepare()
+        self.source = self._find() if self.config.enable else None
+
+    def _find(self) -> Source | None:
+        """What to start from: a step of one's own folder, else `initial_load_path`, else nothing."""
+        step = self.store.resolve(self.config.load_step)
+        if step is not None:
+            return Source(step, self.store.read_manifest(step), model_only=False)
+        if self.config.initial_load_path is None:
+            return None
+        path = Path(self.config.initial_load_path)
+        return Source(path, self.store.read_manifest(path), model_only=self.config.initial_load_model_only)
+
+    @property
+    def saved_fingerprint(self) -> dict[str, Any]:
+        """Fingerprint of the job that will be resumed; empty for a new one."""
+        return {} if self.source is None or self.source.model_only else self.source.manifest.fingerprint
+
+    def load(self, parts: Parts, identity: JobIdentity) -> Progress:
+        """Bring the parts to where the source left them, in place. Returns how far that was; a new job is at step 0.
+
+        Raises CheckpointError if the source is broken, of another job, or does not fit; DataError if its data changed.
+        """
+        source = self.source
+        if source is None:
+            return Progress()
+        exclude = {*self.config.exclude_from_loading, *(ALL_BUT_MODEL if source.model_only else ())}
+        own = isinstance(source.step, int)
+        state = self.store.load(
+            source.step, parts.tensors(), job=identity if own else None, exclude=exclude, cast=source.model_only
+        )
+        self.saved_step = source.step if isinstance(source.step, int) else -1
+        logger.info("loaded %s%s", source.describe(), f", all but {', '.join(sorted(exclude))}" if exclude else "")
+        progress = Progress(**state.get("train_state", {}))
+        progress.schedule_start = state["lr_scheduler"]["start"] if "lr_scheduler" in state else progress.step
+        if "dataloader" in state:
+            parts.loader.load_state(state["dataloader"])
+        return progress
+
+    def is_due(self, step: int, last: bool) -> bool:
+        """Whether this step is to be saved."""
+        config = self.config
+        if not config.enable or config.load_only or step == self.saved_step:
+            return False
+        return last or step % config.interval == 0 or (step == 1 and config.enable_first_step_checkpoint)
+
+    def save(
+        self, progress: Progress, table: list[list[int]], parts: Parts, identity: JobIdentity, *, weights_only: bool
+    ) -> None:
+        """Save the job as it is after `progress.step`. `table`: the loader's, from `gather_table`. Collective."""
+        if weights_only:
+            dtype = EXPORT_DTYPES[self.config.export_dtype]
+            self.store.save_model(progress.step, model_tensors([parts.model]), identity, dtype)
+        else:
+            state = {
+                "train_state": {"step": progress.step, "tokens": progress.tokens},
+                "lr_scheduler": {"start": progress.schedule_start},
+                "dataloader": parts.loader.state_dict(table),
+            }
+            self.store.save(progress.step, parts.tensors(), state, identity)
+        self.saved_step = progress.step

@@ -1,0 +1,78 @@
+"""What a run says of itself: a few lines at its start, and files that let it be understood and repeated later."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from components.runtime.errors import UserError
+from components.runtime.logging import logger
+from components.runtime.provenance import git_revision, versions
+from trainer.config.output import to_toml
+
+if TYPE_CHECKING:
+    from trainer.config.load import ResolvedJob
+    from trainer.trainer import Trainer
+
+
+def save_run(trainer: Trainer, resolved: ResolvedJob) -> None:
+    """Write `config.toml` (every resolved value) and `run.json` (command, versions, revision, layout).
+
+    A resumed run writes them again: they describe the newest run of the folder. Raises UserError if that fails.
+    """
+    if trainer.world.rank != 0:
+        return
+    job = trainer.job.job
+    text = to_toml(trainer.job)
+    facts = {
+        "command": sys.argv,
+        "description": job.description,
+        "revision": git_revision(),
+        "versions": versions(),
+        "layout": trainer.identity.layout,
+        "resumed_from": trainer.progress.step or None,
+        "set_by": {key: source for key, source in resolved.provenance.items() if source != "default"},
+    }
+    files = {"config.toml": text, "run.json": json.dumps(facts, indent=1) + "\n"}
+    if job.save_config_file:
+        files[job.save_config_file] = text
+    for name, content in files.items():
+        write(trainer.dump_folder / name, content)
+
+
+def write(path: Path, content: str) -> None:
+    """Write a text file, its folder made if missing. Raises UserError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def describe_job(trainer: Trainer, notes: list[str]) -> None:
+    """Log what is about to run."""
+    job, degrees = trainer.job, trainer.dims.degrees
+    for note in notes:
+        logger.info("note: %s", note)
+    logger.info("%s: %s", job.job.description, trainer.dump_folder)
+    logger.info(
+        "model: %s %s, %s parameters, compute in %s",
+        job.model.name,
+        job.model.flavor,
+        f"{trainer.args.parameter_count():,}",
+        str(trainer.dtype).removeprefix("torch."),
+    )
+    accumulation = job.training.global_batch_size // (job.training.local_batch_size * degrees.batch)
+    logger.info(
+        "layout: %d × %s, %d replicated × %d sharded; %d rows of %d tokens a step, %d × %d on each rank",
+        degrees.world,
+        trainer.device.type,
+        degrees.dp_replicate,
+        degrees.dp_shard,
+        job.training.global_batch_size,
+        job.training.seq_len,
+        accumulation,
+        job.training.local_batch_size,
+    )

@@ -1,0 +1,242 @@
+"""The Trainer: one job on one process, from a resolved config to its last step.
+
+`__init__` builds the parts in the order of the house's plan, one named step each; `train` and `train_step` are the
+loop. A new idea replaces a builder in its family's TrainSpec, or subclasses one method here; nothing needs a copy of
+the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from components.checkpoint.fingerprint import JobIdentity, fingerprint_of
+from components.data.loader import Loader, StepRows, gather_table
+from components.mesh.batch import IGNORE, Batch, RowLoss
+from components.mesh.degrees import resolve_degrees
+from components.mesh.parallel_dims import ParallelDims
+from components.metrics.flops import peak_flops
+from components.metrics.meter import Meter, StepValues, largest_row_mean, reduce_step
+from components.metrics.profiler import Profiler
+from components.optim.clip import gradient_norm, scale_gradients
+from components.parallel.data import needs_process_group, set_gradient_sync
+from components.runtime import distributed, logging, seeds
+from components.runtime.collect import GarbageCollector
+from components.runtime.device import compute_dtype, pick_device
+from components.runtime.errors import NonFiniteError
+from components.runtime.logging import logger
+from components.runtime.paths import prepare_folder
+from components.runtime.provenance import git_revision
+from components.runtime.world import World
+from models.train_spec import families, get_args
+from trainer import nonfinite
+from trainer.build import DTYPES, Model, build_model
+from trainer.config.output import to_toml
+from trainer.persistence import Parts, Persistence
+from trainer.report import describe_job, save_run
+from trainer.settle import settle
+from trainer.validator import Validator
+
+if TYPE_CHECKING:
+    from components.config.job_config import JobConfig
+    from trainer.config.load import ResolvedJob
+
+
+class Trainer:
+    """Builds the parts of one job and trains it. All ranks do the same; those of LOG_RANK report."""
+
+    def __init__(self, resolved: ResolvedJob, environ: MutableMapping[str, str]) -> None:
+        job = resolved.job
+        # where it runs
+        self.world = World.from_environ(environ)
+        logging.configure(self.world, environ.get("LOG_RANK") or "0")
+        self.device = pick_device(self.world)
+        self.dtype = compute_dtype(job.training.mixed_precision_param, self.device)
+        self.seed = seeds.set_determinism(job.debug)
+        self.dims = self.build_mesh(job)
+        self.dump_folder = prepare_folder(job.job.dump_folder)
+        # what it is
+        self.spec = families[job.model.name].load()
+        self.args = get_args(job.model.name, job.model.flavor)
+        self.persistence = Persistence(job)
+        self.job, notes = settle(job, self.dims.data_degree, self.persistence.saved_fingerprint)
+        self.identity = self.identify(resolved)
+        # what it reads
+        self.tokenizer = self.spec.build_tokenizer_fn(self.job)
+        self.loader = self.build_loader()
+        # what learns, and how
+        self.model = build_model(self.spec, self.args, self.job, self.dims, self.device, self.dtype, self.seed)
+        self.parameters = list(self.model.parameters())
+        self.loss_fn = self.spec.build_loss_fn(self.job)
+        self.optimizers = self.spec.build_optimizers_fn([self.model], self.job, self.device)
+        self.schedule = self.spec.build_lr_schedulers_fn(self.optimizers, self.job)
+        # where it stands
+        self.parts = Parts(self.model, self.optimizers, self.loader)
+        self.progress = self.persistence.load(self.parts, self.identity)
+        self.validator = (self.spec.build_validator_fn or Validator)(self) if job.validation.enable else None
+        # what it tells
+        start = self.progress.step
+        self.first_step = start + 1
+        self.sinks = self.spec.build_metrics_processor_fn(self.job, self.world, start or None)
+        self.meter = self.build_meter()
+        self.profiler = Profiler(self.job.profiling, self.dump_folder, self.world.rank, self.device, start)
+        self.collector = GarbageCollector(self.job.training.gc_freq, self.job.training.gc_debug)
+        save_run(self, resolved)
+        describe_job(self, [*resolved.notes, *notes])
+
+    def build_mesh(self, job: JobConfig) -> ParallelDims:
+        """The mesh of the job's degrees, and the process groups that it needs."""
+        degrees = resolve_degrees(job.parallelism, self.world.size)
+        stored = DTYPES[job.training.dtype]
+        if needs_process_group(degrees, stored, self.dtype, job.training.enable_cpu_offload):
+            distributed.init_process_group(self.world, self.device, job.comm, job.job.dump_folder)
+        return ParallelDims.build(degrees, self.device.type)
+
+    def identify(self, resolved: ResolvedJob) -> JobIdentity:
+        """Whose checkpoints these are."""
+        derived = {
+            "training.global_batch_size": self.job.training.global_batch_size,
+            "training.mixed_precision_param": str(self.dtype).removeprefix("torch."),
+            "debug.seed": self.seed,
+        }
+        layout = {**asdict(self.dims.degrees), "local_batch_size": self.job.training.local_batch_size}
+        return JobIdentity(fingerprint_of(self.job, derived), layout, to_toml(resolved.job), git_revision())
+
+    def build_loader(self, validation: bool = False) -> Loader:
+        """This rank's rows of the training or of the validation set."""
+        return self.spec.build_dataloader_fn(
+            self.job,
+            tokenizer=self.tokenizer,
+            vocab_size=self.args.vocab_size,
+            data_rank=self.dims.data_rank,
+            data_degree=self.dims.data_degree,
+            validation=validation,
+        )
+
+    def build_meter(self) -> Meter:
+        """Counters that go on from the tokens seen before."""
+        return Meter(
+            flops_per_token=self.args.flops_per_token(self.job.training.seq_len),
+            ranks=self.world.size,
+            peak=peak_flops(self.device, self.dtype, self.job.metrics.peak_tflops),
+            device=self.device,
+            tokens=self.progress.tokens,
+        )
+
+    def train(self) -> None:
+        """Train to `training.steps`, or to the end of the data. Raises NonFiniteError, DataError, CheckpointError."""
+        steps = self.job.training.steps
+        if self.progress.step >= steps:
+            logger.info("nothing to do: step %d of training.steps = %d is done", self.progress.step, steps)
+            return
+        rows = None
+        with self.profiler:
+            self.meter.start()
+            for rows in self.steps():
+                self.progress.step += 1
+                values = self.train_step(rows)
+                self.finish_step(values, rows, last=self.progress.step == steps)
+                if self.progress.step == steps:
+                    return
+        logger.warning("the data ended after step %d of %d", self.progress.step, steps)
+        if rows is not None:
+            self.save(rows, last=True)
+
+    def steps(self) -> Iterator[StepRows]:
+        """This rank's rows, step by step; the time spent waiting for them is counted."""
+        source = self.loader.steps(self.dims.group("batch"), self.device)
+        while True:
+            with self.meter.waiting():
+                rows = next(source, None)
+            if rows is None:
+                return
+            yield rows
+
+    def train_step(self, rows: StepRows) -> StepValues:
+        """One optimizer step: gradients of the global batch's mean loss, clipped, applied if finite."""
+        local, valid = self.accumulate(rows.batch.to(self.device))
+        total = reduce_step(local.sums.sum(), local.counts.sum(), largest_row_mean(local), self.dims.group("loss"))
+        norm = gradient_norm(self.parameters)
+        facts = torch.stack([total.loss_sum / valid, total.max_loss, norm, total.count])  # float64, exact for counts
+        loss, max_loss, grad_norm, count = facts.tolist()
+        if self.accept(loss, grad_norm, local.sums):
+            self.schedule.apply(self.progress.step - self.progress.schedule_start)
+            scale_gradients(self.parameters, norm, self.job.training.max_norm)
+            self.optimizers.step()
+        self.optimizers.zero_grad()
+        self.meter.add(int(count))
+        self.progress.tokens = self.meter.tokens
+        return StepValues(loss, max_loss, grad_norm)
+
+    def accumulate(self, batch: Batch) -> tuple[RowLoss, Tensor]:
+        """Gradients of this rank's rows, and the rows' losses; the divisor is the valid labels of the global batch."""
+        valid = distributed.all_reduce_sum((batch.labels != IGNORE).sum(), self.dims.group("loss")).clamp(min=1)
+        results: list[RowLoss] = []
+        pieces = self.microbatches(batch, self.job.training.local_batch_size)
+        for index, piece in enumerate(pieces):
+            set_gradient_sync(self.model, last=index == len(pieces) - 1)
+            result = self.forward(piece)
+            (result.sums.sum() / valid).backward()
+            results.append(RowLoss(result.sums.detach(), result.counts))
+        return RowLoss(torch.cat([r.sums for r in results]), torch.cat([r.counts for r in results])), valid
+
+    def microbatches(self, batch: Batch, size: int) -> list[Batch]:
+        """The rank's rows of a step, cut in order; the last piece may be smaller."""
+        return [batch.slice(start, start + size) for start in range(0, batch.rows, size)]
+
+    def forward(self, batch: Batch) -> RowLoss:
+        """Rows → sums of losses and counts of labels: the one forward path of training and validation."""
+        batch = batch.to(self.device)
+        model = cast(Model, self.model)
+        documents = batch.document_ids if self.job.data.document_mask else None
+        hidden = model(batch.tokens, batch.positions, documents)
+        return self.loss_fn(hidden, model.output, batch)
+
+    def accept(self, loss: float, grad_norm: float, local_sums: Tensor) -> bool:
+        """Whether the step may change the weights. Raises NonFiniteError under `training.on_nonfinite = "stop"`."""
+        if nonfinite.is_finite(loss, grad_norm):
+            return True
+        where = nonfinite.first_nonfinite(self.model.named_parameters())
+        text = nonfinite.describe(self.progress.step, loss, grad_norm, float(local_sums.sum()), where)
+        if self.job.training.on_nonfinite == "stop":
+            raise NonFiniteError(f"not finite before the optimizer step, weights are unchanged: {text}")
+        if self.world.rank == 0:
+            logger.warning("skipped, weights are unchanged: %s", text)
+        self.sinks.note({"event": "skipped_step", "step": self.progress.step, "reason": text})
+        return False
+
+    def finish_step(self, values: StepValues, rows: StepRows, last: bool) -> None:
+        """What follows a step: validation, report, checkpoint, profile, garbage."""
+        step, job = self.progress.step, self.job
+        validation = None
+        if self.validator and (last or step % job.validation.freq == 0):
+            with self.meter.pause():
+                validation = self.validator.validate(step)
+        if last or step == 1 or step % job.metrics.log_freq == 0 or validation is not None:
+            self.sinks.log(self.meter.report(step, values, self.optimizers.lr, validation))
+        self.sinks.advance(step)
+        with self.meter.pause():
+            self.save(rows, last)
+        if step == self.first_step and dist.is_initialized():
+            distributed.set_timeout(job.comm.train_timeout_seconds)
+        self.profiler.step()
+        self.collector.run(step)
+
+    def save(self, rows: StepRows, last: bool) -> None:
+        """Save a checkpoint if this step is due for one."""
+        if self.persistence.is_due(self.progress.step, last):
+            table = gather_table(rows.cursors, self.dims.group("batch"))
+            weights_only = last and self.job.checkpoint.last_save_model_only
+            self.persistence.save(self.progress, table, self.parts, self.identity, weights_only=weights_only)
+
+    def close(self) -> None:
+        """Flush what is reported, end worker processes and process groups."""
+        self.sinks.close()
+        self.collector.close()
+        if self.validator:
+            self.validator.close()
+        distributed.destroy()
