@@ -1,17 +1,19 @@
-"""The counter-based generator: random numbers that are a function of a key and an index, so that no layout can change them.
+"""The counter-based generator: random numbers that are a function of a key and an index, in any layout the same.
 
-Element i of a parameter depends on (key, i) alone, where i counts the elements of the whole parameter. Each rank evaluates
-the indices of its own shard and nothing is drawn in an order, so there is nothing that a layout could put out of order.
+Element i of a parameter depends on (key, i) alone, where i counts the elements of the whole parameter. Each rank
+evaluates the indices of its own shard and nothing is drawn in an order, so there is nothing that a layout could put
+out of order.
 
-**Bits.** Two rounds of SplitMix64's finalizer over `key + i·γ`, with a second word of the key mixed in between. One round is
-SplitMix64 itself, which passes BigCrush, but its streams are all pieces of one sequence and two keys may overlap; the second
-word makes them different functions. Philox, with its ten rounds of 32-bit products, was rejected: emulated in int64 tensor
-operations it costs about four times as much and buys no quality that initialization or dropout could show.
+**Bits.** Two rounds of SplitMix64's finalizer over `key + i·γ`, with a second word of the key mixed in between. One
+round is SplitMix64 itself, which passes BigCrush, but its streams are all pieces of one sequence and two keys may
+overlap; the second word makes them different functions. Philox, with its ten rounds of 32-bit products, was rejected:
+emulated in int64 tensor operations it costs about four times as much and buys no quality that initialization or
+dropout could show.
 
-**Normals.** Inverse of the distribution function, by Giles' polynomials for erf⁻¹. The logarithm in them is our own, so that
-every step is an integer operation or a correctly rounded fp32 +, −, ×, ÷ or √: the value is then the same for any chunk, any
-vector width and any device. `torch.log` and `torch.erfinv` promise no such thing. A value is exact to about 1e-6, and the 24
-bits behind it end at 5.4 standard deviations.
+**Normals.** Inverse of the distribution function, by Giles' polynomials for erf⁻¹. The logarithm in them is our own,
+so that every step is an integer operation or a correctly rounded fp32 +, −, ×, ÷ or √: the value is then the same for
+any chunk, any vector width and any device. `torch.log` and `torch.erfinv` promise no such thing. A value is exact to
+about 1e-6, and the 24 bits behind it end at 5.4 standard deviations.
 
 Price: about a hundred simple kernels per chunk, some 30 ns an element on one CPU core. Chunks bound the extra memory.
 """
@@ -23,7 +25,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor  # has no public home; torch's own documentation imports it here
 from torch.distributed.tensor import DTensor
 
 from components.runtime.errors import MeshError
@@ -89,8 +91,9 @@ def truncated_normal(key: Key, index: Tensor, cutoff: float) -> Tensor:
 def keep_mask(key: Key, rows: Tensor, positions: Tensor, width: int, drop: float) -> Tensor:
     """Which elements dropout keeps: the only randomness that a forward pass may have.
 
-    Derive `key` from (seed, step, name of the place). An element depends on it, on the row's number in the global batch, on
-    the position and on its channel alone: any split of rows or positions over ranks or microbatches gives the same mask.
+    Derive `key` from (seed, step, name of the place). An element depends on it, on the row's number in the global
+    batch, on the position and on its channel alone: any split of rows or positions over ranks or microbatches gives
+    the same mask.
 
     Args:
         key: From `derive_key`; a 0-dim int64 tensor spares a recompilation at each step.
@@ -127,7 +130,7 @@ def global_indices(param: Tensor, chunk: int | None = None) -> Iterator[tuple[in
     """Where the local shard's elements lie in the whole parameter, chunk by chunk.
 
     Args:
-        param: Plain tensor (all of it is local), or DTensor with Replicate, Shard or FSDP2's strided placements, even or not.
+        param: Plain tensor (all of it is local), or DTensor: replicated, sharded, or both as FSDP2 does it; even or not.
         chunk: Elements of a chunk; None: what suits the device.
 
     Yields:
@@ -145,7 +148,7 @@ def global_indices(param: Tensor, chunk: int | None = None) -> Iterator[tuple[in
 
 
 def local_dims(param: Tensor) -> list[Tensor]:
-    """For each dimension the global positions along it that the local shard holds, in the shard's order. # (local size,)"""
+    """For each dimension, the global positions along it that the local shard holds, in its order. # (local size,) each"""
     dims = [torch.arange(size, device=param.device) for size in param.shape]
     if not isinstance(param, DTensor):
         return dims
@@ -163,15 +166,17 @@ def local_dims(param: Tensor) -> list[Tensor]:
 def _order(param: DTensor) -> list[int]:
     """The mesh dimensions that shard `param`, in the order in which they cut it.
 
-    Left to right, but for FSDP2 over tensor parallelism, which cuts what tensor parallelism left: its placement carries a
-    `split_factor`, the number of pieces that later mesh dimensions had made already. The attribute is read rather than the
-    private class imported.
+    Left to right, but for FSDP2 over tensor parallelism, which cuts what tensor parallelism left: its placement
+    carries a `split_factor`, the number of pieces that later mesh dimensions had made already. The attribute is read
+    rather than the private class imported.
     """
     order: list[int] = []
     for mesh_dim in reversed(range(param.device_mesh.ndim)):
         placement = param.placements[mesh_dim]
         if placement.is_partial():
-            raise MeshError(f"a parameter with placements {param.placements} cannot be filled: partial sums have no elements")
+            raise MeshError(
+                f"a parameter with placements {param.placements} cannot be filled: partial sums have no elements"
+            )
         dim = getattr(placement, "dim", None)
         if dim is None:
             continue
@@ -185,7 +190,7 @@ def _order(param: DTensor) -> list[int]:
 
 
 def _first_of_contiguous(dims: list[Tensor], shape: torch.Size) -> int | None:
-    """The first global index if the shard is one unbroken range of the flattened parameter (plain, or rows), else None."""
+    """The first global index if the shard is one unbroken range of the flattened parameter (whole rows), else None."""
     if not dims:
         return 0
     rows = dims[0]

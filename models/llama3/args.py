@@ -1,7 +1,8 @@
 """The shapes of the Llama 3 family. Torch-free, so that `check` and the dry run's arithmetic start at once.
 
-Every number is written out. Meta's own files give the feed-forward width through `multiple_of` and `ffn_dim_multiplier`;
-that spares one number per flavor and costs the reader a calculation with three roundings, so it was rejected.
+Every number is written out. Meta's own files give the feed-forward width through `multiple_of` and
+`ffn_dim_multiplier`; that spares one number per flavor and costs the reader a calculation with three roundings, so it
+was rejected.
 """
 
 from collections.abc import Mapping
@@ -71,9 +72,10 @@ class Llama3Args:
         6·M + 6·n_layers·(n_heads·head_dim)·seq_len, where M counts the elements of all matrices that a token is
         multiplied with: those of the blocks and the head (also if tied), not the embedding, which is a look-up.
 
-        Each element of M costs a multiplication and an addition forward and twice that backward: 6. In attention a token
-        meets seq_len keys and seq_len values in each block: 4·(n_heads·head_dim)·seq_len FLOPs forward, 12 with backward,
-        and a causal mask lets half of that count. Norms, softmax, rotation and recomputation are not counted.
+        Each element of M costs a multiplication and an addition forward and twice that backward: 6. In attention a
+        token meets seq_len keys and seq_len values in each block: 4·(n_heads·head_dim)·seq_len FLOPs forward, 12 with
+        backward, and a causal mask lets half of that count. Norms, softmax, rotation and recomputation are not
+        counted.
         """
         matrices = self.n_layers * self._block_matrices() + self.vocab_size * self.dim
         return 6.0 * matrices + 6.0 * self.n_layers * self.n_heads * self.head_dim * seq_len
@@ -99,14 +101,14 @@ class Llama3Args:
         return attention + 3 * self.dim * self.ffn_hidden
 
     def _too_long(self, key: str, length: int) -> str:
-        return f"{key} = {length} is longer than the {self.max_seq_len} tokens this llama3 flavor was made for; shorten it"
+        return (
+            f"{key} = {length} is longer than the {self.max_seq_len} tokens this llama3 flavor was made for; shorten it"
+        )
 
 
 def _no_plan(kind: str, degree: int) -> str:
     name = kind.replace("_", "-")
-    return (
-        f"llama3 has no plan for {name} parallelism yet: parallelism.{kind}_parallel_degree = {degree}; set it to 1"
-    )
+    return f"llama3 has no plan for {name} parallelism yet: parallelism.{kind}_parallel_degree = {degree}; set it to 1"
 
 
 FLAVORS: Mapping[str, Llama3Args] = MappingProxyType(

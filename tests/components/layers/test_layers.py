@@ -1,0 +1,103 @@
+"""Rotary embedding, attention, feed-forward and head, each against a definition written out."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from components.layers.attention import InnerAttention, document_mask
+from components.layers.feed_forward import FeedForward
+from components.layers.head import Head
+from components.layers.rotary import apply_rotary, inverse_frequencies, rotation
+from components.mesh.batch import RowLoss
+
+LLAMA31 = SimpleNamespace(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=8192)
+LLAMA32 = SimpleNamespace(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=8192)
+
+
+@pytest.mark.parametrize(("scaling", "head_dim"), [(LLAMA31, 128), (LLAMA32, 64), (None, 128)])
+def test_frequencies_are_transformers_bit_for_bit(scaling: SimpleNamespace | None, head_dim: int) -> None:
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    rope: dict[str, object] = {"rope_type": "default", "rope_theta": 5e5}
+    if scaling is not None:
+        rope |= {"rope_type": "llama3", "factor": scaling.factor, "original_max_position_embeddings": 8192}
+        rope |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
+    config = LlamaConfig(
+        hidden_size=head_dim, num_attention_heads=1, max_position_embeddings=131072, rope_parameters=rope
+    )
+    expected = LlamaRotaryEmbedding(config).inv_freq
+    assert torch.equal(inverse_frequencies(head_dim, 5e5, scaling), expected)
+
+
+def test_rotation_turns_each_pair_by_its_angle() -> None:
+    x = torch.randn(2, 5, 3, 8, generator=torch.Generator().manual_seed(0))
+    positions = torch.tensor([[0, 1, 2, 3, 4], [0, 1, 0, 1, 100]])
+    frequencies = inverse_frequencies(8, 100.0)
+    turned, _ = apply_rotary(x, x, rotation(positions, frequencies))
+    for row in range(2):
+        for at in range(5):
+            for pair in range(4):
+                angle = positions[row, at].item() * 100.0 ** (-2 * pair / 8)
+                plane = torch.complex(x[row, at, :, pair], x[row, at, :, pair + 4])
+                expected = plane * complex(math.cos(angle), math.sin(angle))
+                actual = torch.complex(turned[row, at, :, pair], turned[row, at, :, pair + 4])
+                torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rotation_computes_in_fp32_and_keeps_the_type() -> None:
+    x = torch.randn(1, 4, 2, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    turn = rotation(torch.tensor([[5000, 5001, 5002, 5003]]), inverse_frequencies(8, 1e4))
+    q, k = apply_rotary(x, x, turn)
+    expected, _ = apply_rotary(x.float(), x.float(), turn)
+    assert torch.equal(q, expected.bfloat16())
+    assert torch.equal(k, q)
+
+
+def test_document_mask_written_out() -> None:
+    mask = document_mask(torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0]]))
+    assert mask.shape == (2, 1, 4, 4)
+    assert mask[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+    assert torch.equal(mask[1, 0], torch.ones(4, 4, dtype=torch.bool).tril())
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_is_its_definition(kv_heads: int, masked: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 4, 6, 8, generator=generator)
+    k, v = (torch.randn(2, kv_heads, 6, 8, generator=generator) for _ in range(2))
+    ids = torch.tensor([[0, 0, 0, 1, 1, 2], [0, 1, 1, 1, 1, 1]])
+    mask = document_mask(ids if masked else torch.zeros_like(ids))
+    wide_k, wide_v = (x.repeat_interleave(4 // kv_heads, dim=1) for x in (k, v))
+    scores = (q @ wide_k.transpose(2, 3) / math.sqrt(8)).masked_fill(~mask, -math.inf)
+    actual = InnerAttention()(q, k, v, mask if masked else None)
+    torch.testing.assert_close(actual, scores.softmax(-1) @ wide_v)
+
+
+def test_feed_forward_is_swiglu() -> None:
+    layer = FeedForward(8, 12)
+    x = torch.randn(2, 3, 8)
+    gate, up = x @ layer.w1.weight.T, x @ layer.w3.weight.T
+    torch.testing.assert_close(layer(x), (gate * gate.sigmoid() * up) @ layer.w2.weight.T)
+
+
+def test_head_projects_or_lets_a_loss_run_inside() -> None:
+    head, hidden = Head(8, 16), torch.randn(2, 3, 8)
+    fired: list[int] = []
+    head.register_forward_hook(lambda *_: fired.append(1))
+    torch.testing.assert_close(head(hidden), F.linear(hidden, head.weight))
+
+    def loss(states: Tensor, project: object) -> RowLoss:
+        assert callable(project)
+        sums = torch.stack([project(states[:, i]).sum(-1) for i in range(3)]).sum(0)
+        return RowLoss(sums, torch.full((2,), 3))
+
+    result = head(hidden, loss)
+    torch.testing.assert_close(result.sums, head(hidden).sum((1, 2)))
+    assert isinstance(result, RowLoss)
+    assert len(fired) == 3

@@ -1,0 +1,97 @@
+"""Shapes and counts of the Llama 3 flavors."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from components.config.job_config import JobConfig
+from components.config.parallelism import Parallelism
+from components.config.training import Training, Validation
+from models.llama3.args import FLAVORS
+from models.llama3.model import Llama3
+
+PUBLISHED = {
+    "1B": 1_235_814_400,
+    "3B": 3_212_749_824,
+    "8B": 8_030_261_248,
+    "70B": 70_553_706_496,
+    "405B": 405_853_388_800,
+}
+
+
+@pytest.mark.parametrize(("flavor", "count"), PUBLISHED.items())
+def test_parameter_counts_are_the_published_ones(flavor: str, count: int) -> None:
+    assert FLAVORS[flavor].parameter_count() == count
+
+
+@pytest.mark.parametrize("flavor", FLAVORS)
+def test_parameter_count_is_that_of_the_model(flavor: str) -> None:
+    with torch.device("meta"):
+        model = Llama3(FLAVORS[flavor])
+    assert sum(p.numel() for p in model.parameters()) == FLAVORS[flavor].parameter_count()
+    assert [name for name, _ in model.named_buffers()] == []
+
+
+def test_debugmodel_is_the_yardstick_loop_in_size() -> None:
+    assert FLAVORS["debugmodel"].parameter_count() == 6_163_712
+
+
+def test_flops_count_matrices_and_half_the_attention() -> None:
+    args = FLAVORS["debugmodel"]
+    matrices = 6 * (4 * 256 * 256 + 3 * 256 * 768) + 2048 * 256
+    assert args.flops_per_token(512) == 6 * matrices + 6 * 6 * 256 * 512
+    untied = replace(FLAVORS["1B"], tied_embeddings=False)
+    assert FLAVORS["1B"].flops_per_token(8192) == untied.flops_per_token(8192)  # a tied head multiplies all the same
+
+
+def test_flops_match_those_of_the_kernels() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    args = replace(FLAVORS["debugmodel"], n_kv_heads=4)
+    with torch.device("meta"):
+        model = Llama3(args)
+        tokens = torch.zeros(2, 64, dtype=torch.int64)
+        with FlopCounterMode(display=False) as counter:
+            model.output(model(tokens, tokens)).sum().backward()
+    counted = sum(
+        n for op, n in counter.get_flop_counts()["Global"].items() if "mm" in str(op) and "bmm" not in str(op)
+    )
+    assert counted == 2 * 64 * (args.flops_per_token(64) - 6 * 6 * 256 * 64)
+
+
+def test_problems_name_key_and_number() -> None:
+    job = JobConfig(
+        parallelism=Parallelism(
+            tensor_parallel_degree=2,
+            context_parallel_degree=4,
+            pipeline_parallel_degree=8,
+            expert_parallel_degree=2,
+            expert_tensor_parallel_degree=2,
+        ),
+        training=Training(seq_len=131073),
+        validation=Validation(enable=True, seq_len=200000),
+    )
+    assert FLAVORS["8B"].problems(job) == [
+        "llama3 has no plan for tensor parallelism yet: parallelism.tensor_parallel_degree = 2; set it to 1",
+        "llama3 has no plan for context parallelism yet: parallelism.context_parallel_degree = 4; set it to 1",
+        "llama3 has no plan for pipeline parallelism yet: parallelism.pipeline_parallel_degree = 8; set it to 1",
+        "llama3 has no plan for expert parallelism yet: parallelism.expert_parallel_degree = 2; set it to 1",
+        "llama3 has no plan for expert-tensor parallelism yet: parallelism.expert_tensor_parallel_degree = 2;"
+        " set it to 1",
+        "training.seq_len = 131073 is longer than the 131072 tokens this llama3 flavor was made for; shorten it",
+        "validation.seq_len = 200000 is longer than the 131072 tokens this llama3 flavor was made for; shorten it",
+    ]
+    assert FLAVORS["8B"].problems(JobConfig()) == []
+
+
+def test_an_unused_validation_length_is_no_problem() -> None:
+    job = JobConfig(validation=Validation(enable=False, seq_len=200000))
+    assert FLAVORS["8B"].problems(job) == []
+
+
+def test_args_need_no_torch() -> None:
+    code = "import sys, models.llama3.args; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
