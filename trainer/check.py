@@ -14,6 +14,7 @@ from models.train_spec import ModelArgs
 from trainer.config.help import help_text
 from trainer.config.load import ResolvedJob, load_job
 from trainer.config.names import find_model
+from trainer.config.output import print_config
 from trainer.config.validate import located, validate
 
 
@@ -37,6 +38,8 @@ def _check(argv: list[str], environ: Mapping[str, str]) -> int:
     resolved = load_job(arguments, environ)
     args, problems = find_model(resolved.job)
     problems += validate(resolved.job, world_size, args)
+    if resolved.job.job.print_config:
+        print(print_config(resolved))
     if problems:
         raise ConfigError(*located(problems, resolved.provenance))
     print("\n".join(_summary(resolved, args, world_size)))

@@ -31,7 +31,9 @@ def describe(annotation: Any) -> str:
     if dataclasses.is_dataclass(annotation):
         return f"a table with {', '.join(hints_of(annotation))}"
     names: dict[Any, str] = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
-    return names.get(annotation) or getattr(annotation, "__name__", None) or str(annotation)
+    if annotation in names:
+        return names[annotation]
+    return f"a value of type {annotation.__name__ if isinstance(annotation, type) else annotation}"
 
 
 def _plural(item: Any) -> str:

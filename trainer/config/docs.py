@@ -29,8 +29,8 @@ have are marked *new*.
 
 - `extends = "other.toml"`, above all sections, builds on another file, whose path is relative to the file that says so.
 - TOML has no null: for a key that may be none, write `"none"` where its default is something else.
-- `python -m trainer check FILE` finds every problem without starting; `--job.print_config` shows every value, where
-  it came from, and which of those that were set do nothing.
+- `python -m trainer check FILE` finds every problem without starting; `--print-config` shows every value, where it
+  came from, and which of those that were set do nothing.
 - `config.schema.json` beside this page lets an editor complete and check keys: put
   `#:schema docs/config.schema.json` into the first line of a TOML file.
 """

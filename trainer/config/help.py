@@ -13,7 +13,7 @@ Espalier trains the model that one TOML file describes.
 
   python -m trainer [--job.config_file=FILE] [--section.key=value ...]         train
   python -m trainer check [FILE] [--world-size=N] [--section.key=value ...]    find every problem, without starting
-  python -m trainer --job.print_config [...]                                   train, and first print every value
+  python -m trainer --print-config [...]                                       train, and first print every value
   python -m trainer --help                                                     this text
 
 `./run_train.sh` does the same on every device of the machine: CONFIG_FILE names the file, NGPU the number of processes,

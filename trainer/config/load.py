@@ -21,6 +21,8 @@ from trainer.config.titan import CONVERTER_ALIASES, RENAMED
 CONFIG_FILE = ("job", "config_file")
 ENVIRONMENT = {"CONFIG_FILE": CONFIG_FILE, "COMM_MODE": ("comm", "mode")}
 """Environment variables that stand for a key; `run_train.sh` is told by them, as in TorchTitan."""
+SHORT = {"--print-config": "--job.print_config", "--print_config": "--job.print_config"}
+"""Arguments that stand for a longer one."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ def load_job(argv: Sequence[str], environ: Mapping[str, str]) -> ResolvedJob:
     A file that is missing or is no TOML, and a module that cannot be imported, end it at once: what follows from them
     would only be noise.
     """
+    argv = [SHORT.get(word, word) for word in argv]
     early = [*_from_environment(environ), *parse_arguments(argv, schema_of(JobConfig), RENAMED)]
     name = _config_file(early)
     files = read_chain(name) if name is not None else []

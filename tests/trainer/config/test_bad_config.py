@@ -1,0 +1,341 @@
+"""What a user can do wrong in a configuration, and exactly what they are told."""
+
+from pathlib import Path
+
+import pytest
+
+from components.runtime.errors import ConfigError
+from trainer.config.load import load_job
+from trainer.config.names import find_model
+from trainer.config.validate import located, validate
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def told(files: dict[str, str], argv: list[str], ranks: int = 1) -> list[str]:
+    """Every problem that the user is told of, as `check` finds them."""
+    for name, text in files.items():
+        Path(name).write_text(text)
+    argv = [f"--job.config_file={next(iter(files))}", *argv] if files else argv
+    try:
+        resolved = load_job(argv, {})
+    except ConfigError as error:
+        return list(error.problems)
+    args, problems = find_model(resolved.job)
+    return located(problems + validate(resolved.job, ranks, args), resolved.provenance)
+
+
+FILES = {
+    "unknown key": (
+        "[training]\nstepss = 4\n",
+        "a.toml:2: training.stepss: unknown key; did you mean training.steps?",
+    ),
+    "unknown key of another section": (
+        "[training]\nwarmup_steps = 4\n",
+        "a.toml:2: training.warmup_steps: unknown key; did you mean lr_scheduler.warmup_steps?",
+    ),
+    "key of an older release": (
+        "[training]\nbatch_size = 4\n",
+        "a.toml:2: training.batch_size: unknown key; did you mean training.local_batch_size?",
+    ),
+    "unknown section": (
+        "\n[optimiser]\nlr = 4\nfoo = 5\n",
+        "a.toml:2: optimiser: unknown section; did you mean optimizer?",
+    ),
+    "section of an older release": (
+        "[float8]\nfilter_fqns = ['output']\n",
+        "a.toml:1: float8: unknown section; did you mean quantize.linear.float8?",
+    ),
+    "top-level key": ("steps = 4\n", "a.toml:1: steps: unknown key; did you mean training.steps?"),
+    "value for a section": ("training = 4\n", "a.toml:1: training: is a section; write [training] and its keys below"),
+    "table for a key": (
+        "[training.steps]\nx = 1\n",
+        "a.toml:1: training.steps = { x = 1 }: must be an integer of at least 1",
+    ),
+    "out of range": (
+        "[training]\n\n\nseq_len = 0\n",
+        "a.toml:4: training.seq_len = 0: must be an integer of at least 1",
+    ),
+    "string for a number": (
+        "[training]\nsteps = '10'\n",
+        'a.toml:2: training.steps = "10": must be an integer of at least 1',
+    ),
+    "float for an integer": (
+        "[training]\nsteps = 1e3\n",
+        "a.toml:2: training.steps = 1000.0: must be an integer of at least 1",
+    ),
+    "number for a boolean": (
+        "[compile]\nenable = 1\n",
+        "a.toml:2: compile.enable = 1: must be true or false",
+    ),
+    "string for a list": (
+        "[model]\nconverters = 'float8'\n",
+        'a.toml:2: model.converters = "float8": must be a list of strings',
+    ),
+    "not one of the words": (
+        "[activation_checkpoint]\nmode = 'all'\n",
+        'a.toml:2: activation_checkpoint.mode = "all": must be one of "selective", "full", "memory_budget", "none"',
+    ),
+    "not a finite rate": (
+        "[optimizer]\nlr = nan\n",
+        "a.toml:2: optimizer.lr = nan: must be a number greater than 0",
+    ),
+    "zero where -1 means all": (
+        "[parallelism]\ndata_parallel_shard_degree = 0\n",
+        "a.toml:2: parallelism.data_parallel_shard_degree = 0: must be -1 or an integer of at least 1",
+    ),
+    "a long value": (
+        f"[training]\nsteps = '{'x' * 99}'\n",
+        f'a.toml:2: training.steps = "{"x" * 56}...: must be an integer of at least 1',
+    ),
+    "inside an array of tables": (
+        "[[optimizer.parameter_groups]]\npattern = 'a'\n"
+        "[[optimizer.parameter_groups]]\npattern = 'b'\nlr_factor = -1\n",
+        "a.toml:5: optimizer.parameter_groups[1].lr_factor = -1: must be a number of at least 0",
+    ),
+    "missing in an array of tables": (
+        "[optimizer]\nparameter_groups = [\n  { pattern = 'a' },\n  { lr_factor = 0 },\n]\n",
+        "a.toml:4: optimizer.parameter_groups[1]: key 'pattern' is missing: must be a string",
+    ),
+    "not TOML": ("[training]\nsteps = = 4\n", "a.toml:2:9: not valid TOML: Invalid value"),
+    "twice": ("[training]\nsteps = 4\nsteps = 5\n", "a.toml:3:10: not valid TOML: Cannot overwrite a value"),
+    "extends nothing": (
+        "extends = 'b.toml'\n",
+        "a.toml:1: extends = 'b.toml': no such file b.toml; the path is relative to the file that names it",
+    ),
+    "extends a list": (
+        "extends = ['b.toml']\n",
+        "a.toml:1: extends = ['b.toml']: must be the path of one TOML file, relative to this one",
+    ),
+    "extends itself": (
+        "extends = './a.toml'\n",
+        "a.toml:1: extends = './a.toml': goes round in a circle, a.toml leads here; a base file cannot extend what"
+        " builds on it",
+    ),
+    "no such module": (
+        "[job]\ncustom_config_module = 'no_such_module'\n",
+        "a.toml:2: job.custom_config_module = 'no_such_module': cannot be imported: ModuleNotFoundError: No module"
+        " named 'no_such_module'",
+    ),
+    "module without JobConfig": (
+        "[experimental]\ncustom_args_module = 'json'\n",
+        "a.toml:2: experimental.custom_args_module = 'json': has no dataclass JobConfig; its fields are the sections"
+        " to add or to change",
+    ),
+    "no such family": (
+        "[model]\nname = 'llama'\n",
+        "a.toml:2: model.name = 'llama': no such model family; allowed: llama3 (did you mean 'llama3'?)",
+    ),
+    "no such flavor": (
+        "[model]\nflavor = '7B'\n",
+        "a.toml:2: model.flavor = '7B': no such flavor of llama3; allowed: 1B, 3B, 405B, 70B, 8B, debugmodel"
+        " (did you mean '70B'?)",
+    ),
+    "no such optimizer": (
+        "[optimizer]\nname = 'adamw'\n",
+        'a.toml:2: optimizer.name = "adamw": must be one of Adam, AdamW; did you mean AdamW?',
+    ),
+    "no such loss": (
+        "[loss]\nname = 'mse'\n",
+        'a.toml:2: loss.name = "mse": must be one of cross_entropy, chunked_cross_entropy',
+    ),
+    "no such dataset": (
+        "[training]\ndataset = 'c5'\n",
+        'a.toml:2: training.dataset = "c5": must be one of c4, c4_test, c4_validation, pystdlib, pystdlib_validation,'
+        " synthetic (or give training.dataset_path)",
+    ),
+    "no such converter": (
+        "[model]\nconverters = ['quantize.linear.float9']\n",
+        'a.toml:2: model.converters = "quantize.linear.float9": must be one of quantize.linear.float8,'
+        " quantize.linear.mx, quantize.grouped_mm.float8, quantize.grouped_mm.mx; did you mean quantize.linear.float8?",
+    ),
+    "a converter that is not there yet": (
+        "[model]\nconverters = ['quantize.linear.mx']\n",
+        'a.toml:2: model.converters = ["quantize.linear.mx"]: not yet supported: quantizing converters are not there'
+        " yet; train without them: converters = []",
+    ),
+    "recompute every 0th": (
+        "[activation_checkpoint]\nselective_ac_option = '0'\n",
+        'a.toml:2: activation_checkpoint.selective_ac_option = "0": must be a positive integer in quotes (every n-th'
+        ' block) or "op"',
+    ),
+    "not a regular expression": (
+        "[optimizer]\nparameter_groups = [{ pattern = '(' }]\n",
+        'a.toml:2: optimizer.parameter_groups[0].pattern = "(": must be a regular expression, but missing ),'
+        " unterminated subpattern at position 0",
+    ),
+    "a folder outside": (
+        "[checkpoint]\nfolder = '../all'\n",
+        'a.toml:2: checkpoint.folder = "../all": must be a relative path without .. that stays inside job.dump_folder'
+        ' = "./outputs"',
+    ),
+    "no part of a checkpoint": (
+        "[checkpoint]\nexclude_from_loading = ['optimizers']\n",
+        'a.toml:2: checkpoint.exclude_from_loading = "optimizers": must be out of model, optimizer, lr_scheduler,'
+        " dataloader, train_state",
+    ),
+    "background saves": (
+        "[checkpoint]\nenable = true\nasync_mode = 'async'\n",
+        'a.toml:3: checkpoint.async_mode = "async": not yet supported: saving in the background is not there yet; set'
+        ' it to "disabled"',
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_file(case: str) -> None:
+    text, message = FILES[case]
+    assert told({"a.toml": text}, []) == [message]
+
+
+ARGUMENTS = {
+    "unknown": (["--training.stepss=5"], "--training.stepss=5: unknown key; did you mean training.steps?"),
+    "unknown, two words": (["--foo.bar", "5"], "--foo.bar=5: unknown key"),
+    "wrong type": (["--training.steps=ten"], "--training.steps=ten: must be an integer of at least 1"),
+    "no value": (["--training.steps"], "--training.steps: a value is missing: must be an integer of at least 1"),
+    "no boolean": (["--compile.enable=yes"], "--compile.enable=yes: must be true or false"),
+    "no with a value": (
+        ["--compile.no_enable=true"],
+        "--compile.no_enable=true: takes no value; write --compile.enable=true",
+    ),
+    "section": (["--training=5"], "--training=5: training is a section; write --training.key=value"),
+    "none where it may not be": (["--training.steps=none"], "--training.steps=none: must be an integer of at least 1"),
+    "stray word": (["train.toml"], "train.toml: not understood: every argument is --section.key=value"),
+    "bad list": (
+        ["--compile.components=model,lss"],
+        '--compile.components=model,lss: must be a list of values out of "model", "loss"',
+    ),
+    "bad literal": (["--model.converters=[a"], "--model.converters=[a: must be a list of strings"),
+    "bad table in a list": (
+        ["--optimizer.parameter_groups=[{pattern='x', a=1}]"],
+        "--optimizer.parameter_groups=[{pattern='x', a=1}]: optimizer.parameter_groups[0].a: unknown key",
+    ),
+    "no such file": (
+        ["--job.config_file=b.toml"],
+        "b.toml: cannot be read: No such file or directory; check the path and the current folder",
+    ),
+    "warm-up longer than the job": (
+        ["--lr_scheduler.warmup_steps=200", "--training.steps=100"],
+        "--lr_scheduler.warmup_steps=200: must be at most training.steps = 100; lower it with"
+        " --lr_scheduler.warmup_steps=10",
+    ),
+    "inverse square root of nothing": (
+        ["--lr_scheduler.warmup_steps=0", "--lr_scheduler.decay_type=inverse_sqrt"],
+        "--lr_scheduler.warmup_steps=0: inverse_sqrt decays from the end of warm-up W as √(W/step), which is 0 without"
+        " one; take at least 1, or another lr_scheduler.decay_type",
+    ),
+    "persistent nobody": (
+        ["--training.dataloader.persistent_workers"],
+        "--training.dataloader.persistent_workers: needs workers, but training.dataloader.num_workers is 0; set that"
+        " to 1 or more, or leave this out",
+    ),
+    "prefetching by nobody": (
+        ["--validation.enable", "--validation.dataloader.prefetch_factor=2"],
+        "--validation.dataloader.prefetch_factor=2: needs workers, but validation.dataloader.num_workers is 0; set"
+        " that to 1 or more, or leave this out",
+    ),
+    "too frequent profiles": (
+        ["--profiling.enable_profiling", "--profiling.profile_freq=3"],
+        "--profiling.profile_freq=3: must be at least profiler_warmup + profiler_active = 3 + 1 = 4",
+    ),
+    "offload of nothing": (
+        ["--training.enable_cpu_offload=true"],
+        "--training.enable_cpu_offload=true: needs sharded parameters, but they are shared by 1 rank; start more ranks"
+        " with parallelism.data_parallel_shard_degree = -1, or set it to false",
+    ),
+    "TorchTitan's estimate": (
+        ["--memory_estimation.enable=true"],
+        "--memory_estimation.enable=true: not yet supported: the dry run takes its place: COMM_MODE=fake_backend"
+        " ./run_train.sh; set it to false",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ARGUMENTS)
+def test_argument(case: str) -> None:
+    argv, message = ARGUMENTS[case]
+    assert told({}, argv) == [message]
+
+
+LAYOUTS = {
+    "global batch": (
+        ["--training.global_batch_size=12"],
+        4,
+        ["--training.global_batch_size=12: must be a multiple of training.local_batch_size × data-parallel degree ="
+         " 8 × 4 = 32; take 32, or another local_batch_size"],
+    ),
+    "global batch of validation": (
+        ["--validation.enable", "--validation.global_batch_size=20"],
+        1,
+        ["--validation.global_batch_size=20: must be a multiple of validation.local_batch_size × data-parallel degree ="
+         " 8 × 1 = 8; take 16 or 24, or another local_batch_size"],
+    ),
+    "streams": (
+        ["--data.streams=8"],
+        2,
+        ["--data.streams=8: must be at least the 16 rows of a global batch, since row r comes from stream r; take 16 or"
+         " more, or -1"],
+    ),
+    "ranks": (
+        ["--parallelism.data_parallel_replicate_degree=3"],
+        4,
+        ["parallelism: 3 (replicate) × 1 (context) × 1 (tensor) × 1 (pipeline) = 3 ranks, which does not divide the 4"
+         " that there are: start a multiple of 3 ranks, or lower one of these degrees"],
+    ),
+    "no plan": (
+        ["--parallelism.context_parallel_degree=2", "--training.seq_len=30"],
+        2,
+        ["--training.seq_len=30: must be a multiple of 4, for a tensor-parallel degree of 1 and a context-parallel"
+         " degree of 2; take 32",
+         "llama3 has no plan for context parallelism yet: parallelism.context_parallel_degree = 2; set it to 1"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_layout(case: str) -> None:
+    argv, ranks, messages = LAYOUTS[case]
+    assert told({}, argv, ranks) == messages
+
+
+def test_all_problems_at_once_in_the_order_of_the_sources() -> None:
+    files = {
+        "a.toml": "extends = 'base.toml'\n[training.dataloader]\nnum_workers = -1\n"
+        "[model]\nnam = 'x'\n[training]\nsteps = 0\n",
+        "base.toml": "[training]\nseq_len = 'long'\n",
+    }
+    assert told(files, ["--debug.seed=x", "--model.nome=y"]) == [
+        'base.toml:2: training.seq_len = "long": must be an integer of at least 1',
+        "a.toml:3: training.dataloader.num_workers = -1: must be an integer of at least 0",
+        "a.toml:5: model.nam: unknown key; did you mean model.name?",
+        "a.toml:7: training.steps = 0: must be an integer of at least 1",
+        "--debug.seed=x: must be an integer or none",
+        "--model.nome=y: unknown key; did you mean model.name?",
+    ]
+
+
+def test_not_utf8() -> None:
+    Path("a.toml").write_bytes(b"[job]\ndescription = '\xff'\n")
+    assert told({}, ["--job.config_file=a.toml"]) == ["a.toml:2: not UTF-8 (byte 21): save the file as UTF-8"]
+
+
+def test_a_broken_module_is_told_in_one_line() -> None:
+    Path("broken_config.py").write_text("raise RuntimeError('so it goes')\n")
+    assert told({}, ["--job.custom_config_module=broken_config"]) == [
+        "--job.custom_config_module=broken_config: job.custom_config_module = 'broken_config': cannot be imported:"
+        " RuntimeError: so it goes"
+    ]
+
+
+def test_names_of_custom_import_are_left_to_it() -> None:
+    argv = [
+        "--experimental.custom_import=mine",
+        "--optimizer.name=Lion",
+        "--model.name=my_model",
+        "--loss.name=my_loss",
+    ]
+    assert told({}, [*argv, "--training.dataset=my_data", "--model.converters=my_converter"]) == []
