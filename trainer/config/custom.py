@@ -9,10 +9,11 @@ import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from components.config.annotations import hints_of
+from pydantic import PydanticUserError, TypeAdapter
+
 from components.config.arguments import Argument
 from components.config.job_config import JobConfig
-from components.config.schema import merged
+from components.config.schema import merged, schema_of
 from components.config.toml_file import TomlFile
 from components.runtime.errors import ConfigError
 
@@ -64,7 +65,9 @@ def _imported(module: str, where: str) -> Any:
     if not (isinstance(custom, type) and dataclasses.is_dataclass(custom)):
         raise ConfigError(f"{where}: has no dataclass JobConfig; its fields are the sections to add or to change")
     try:
-        hints_of(custom)
-    except (NameError, TypeError) as error:
-        raise ConfigError(f"{where}: the annotations of its JobConfig cannot be resolved: {error}") from error
+        for key in schema_of(custom).keys.values():
+            TypeAdapter(key.type)
+    except (NameError, TypeError, PydanticUserError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{where}: a type in its JobConfig cannot be checked: {reason}") from error
     return custom

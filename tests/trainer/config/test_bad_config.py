@@ -331,6 +331,25 @@ def test_a_broken_module_is_told_in_one_line() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("annotation", "reason"),
+    [
+        ("'Unknown'", "name 'Unknown' is not defined"),
+        ("object.__init__.__class__", "Unable to generate pydantic-core schema for <class 'wrapper_descriptor'>."),
+    ],
+)
+def test_a_type_that_cannot_be_checked(annotation: str, reason: str) -> None:
+    name = f"untyped_config_{len(reason)}"
+    Path(f"{name}.py").write_text(
+        "from dataclasses import dataclass, field\n"
+        f"@dataclass\nclass Mine:\n    x: {annotation} = None\n"
+        "@dataclass\nclass JobConfig:\n    mine: Mine = field(default_factory=Mine)\n"
+    )
+    (problem,) = told({}, [f"--job.custom_config_module={name}"])
+    key = f"--job.custom_config_module={name}: job.custom_config_module = {name!r}"
+    assert problem.startswith(f"{key}: a type in its JobConfig cannot be checked: {reason}")
+
+
 def test_names_of_custom_import_are_left_to_it() -> None:
     argv = [
         "--experimental.custom_import=mine",

@@ -51,7 +51,7 @@ def kinds(annotation: Any) -> set[str]:
         words |= {word for member in members(annotation) for word in kinds(strip(member))}
         return words - {"int"} if "float" in words else words
     if get_origin(annotation) is Literal:
-        return {str(v) if isinstance(v, str) else type(v).__name__ for v in get_args(annotation)}
+        return {v if isinstance(v, str) else type(v).__name__ for v in get_args(annotation)}
     if get_origin(annotation) is list:
         return {f"list[{' | '.join(sorted(kinds(get_args(annotation)[0]), reverse=True))}]"}
     return {strip(annotation).__name__}
