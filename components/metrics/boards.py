@@ -44,7 +44,7 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """A run of Weights & Biases. Its own variables say where it goes; the project is "espalier" unless WANDB_PROJECT is set.
+    """A run of Weights & Biases. Its variables say where it goes; without WANDB_PROJECT the project is "espalier".
 
     Raises ConfigError if the package is not there.
     """

@@ -30,16 +30,17 @@ class Profiler:
         problems = profiling_problems(config, device)
         if problems:
             raise ConfigError(*problems)
-        self._config, self._rank, self._device, self._step = config, rank, device, start_step
+        self._config, self._rank, self._device = config, rank, device
+        self._step, self._in_cycle = start_step, 0
         self._traces = Path(dump_folder) / config.save_traces_folder
         self._snapshots = Path(dump_folder) / config.save_memory_snapshot_folder
-        self._profile = self._make() if config.enable_profiling else None
+        self._profile: profile | None = None
 
     def __enter__(self) -> "Profiler":
         if self._config.enable_memory_snapshot:
             torch.cuda.memory._record_memory_history(max_entries=SNAPSHOT_ENTRIES)  # documented, but has no other name
-        if self._profile:
-            self._profile.start()
+        if self._config.enable_profiling:
+            self._start_cycle()
         return self
 
     def __exit__(
@@ -54,13 +55,20 @@ class Profiler:
 
     def step(self) -> None:
         """A step is done."""
-        self._step += 1
+        self._step, self._in_cycle = self._step + 1, self._in_cycle + 1
         if self._profile:
             self._profile.step()
-        if self._config.enable_memory_snapshot and self._step % self._config.profile_freq == 0:
+        if self._in_cycle < self._config.profile_freq:
+            return
+        self._in_cycle = 0
+        if self._profile:
+            self._profile.stop()
+            self._start_cycle()
+        if self._config.enable_memory_snapshot:
             self._snapshot(f"iteration_{self._step}")
 
-    def _make(self) -> profile:
+    def _start_cycle(self) -> None:
+        """A profiler for one trace: one that repeats would keep or clear its events, and warn of either."""
         config = self._config
         activities = [ProfilerActivity.CPU]
         if self._device.type == "cuda":
@@ -69,8 +77,12 @@ class Profiler:
             wait=config.profile_freq - config.profiler_warmup - config.profiler_active,
             warmup=config.profiler_warmup,
             active=config.profiler_active,
+            repeat=1,
         )
-        return profile(activities=activities, schedule=plan, on_trace_ready=self._write_trace, record_shapes=True)
+        self._profile = profile(
+            activities=activities, schedule=plan, on_trace_ready=self._write_trace, record_shapes=True
+        )
+        self._profile.start()
 
     def _write_trace(self, done: profile) -> None:
         path = self._traces / f"iteration_{self._step}" / f"rank{self._rank}_trace.json"

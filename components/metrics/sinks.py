@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -80,13 +81,21 @@ def build_sinks(job: JobConfig, world: World, dump_folder: Path | str, resume_st
     (`rank_N`). The ranks of LOG_RANK print. Raises UserError or ConfigError where one cannot be opened.
     """
     folder, config, sinks = Path(dump_folder), job.metrics, list[Sink]()
-    if world.rank == 0:
-        sinks.append(JsonlSink(folder / METRICS_FILE, resume_step))
-    if config.enable_tensorboard and (world.rank == 0 or config.save_for_all_ranks):
-        own = f"rank_{world.rank}" if config.save_for_all_ranks else ""
-        sinks.append(TensorBoardSink(folder / config.save_tb_folder / own, resume_step))
-    if config.enable_wandb and (world.rank == 0 or config.save_for_all_ranks):
-        sinks.append(WandbSink(job, folder))
-    if prints_messages():
-        sinks.append(console_sink(job.training.steps, resume_step or 0, config.disable_color_printing))
+    boards = world.rank == 0 or config.save_for_all_ranks
+    own = f"rank_{world.rank}" if config.save_for_all_ranks else ""
+    with ExitStack() as opened:  # if one cannot be opened, those before it are closed
+
+        def add(sink: Sink) -> None:
+            opened.callback(sink.close)
+            sinks.append(sink)
+
+        if config.enable_wandb and boards:
+            add(WandbSink(job, folder))
+        if world.rank == 0:
+            add(JsonlSink(folder / METRICS_FILE, resume_step))
+        if config.enable_tensorboard and boards:
+            add(TensorBoardSink(folder / config.save_tb_folder / own, resume_step))
+        if prints_messages():
+            add(console_sink(job.training.steps, resume_step or 0, config.disable_color_printing))
+        opened.pop_all()
     return Sinks(sinks)
