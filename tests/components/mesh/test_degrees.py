@@ -65,8 +65,7 @@ REFUSED = [
     (
         _parallelism(etp=2),
         8,
-        "`parallelism.expert_tensor_parallel_degree` = 2 is neither 1 nor the tensor-parallel degree 1: "
-        "set it to 1",
+        "`parallelism.expert_tensor_parallel_degree` = 2 is neither 1 nor the tensor-parallel degree 1: set it to 1",
     ),
     (
         _parallelism(replicate=2, cp=2, tp=2, ep=4, etp=2),

@@ -1,0 +1,122 @@
+"""Recompute (activation checkpointing): blocks keep less for backward and compute it again.
+
+`full` keeps a block's inputs only: least memory, one more forward pass, about a third more FLOPs. `selective` with an
+integer n does so to every n-th block. `selective` with `op` works inside of each block: what is expensive to compute is
+kept, what is cheap is computed again; of matmuls, which are expensive to keep as well, every second one is.
+
+A block's `forward` is replaced in place. Wrapper modules were rejected: they put a prefix into every parameter's name,
+and names are keys of checkpoints, of initialization and of optimizer groups.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from components.config.compute import ActivationCheckpoint
+from components.mesh.plan import Plan
+from components.parallel.modules import find
+from components.runtime.errors import ConfigError
+
+SAVED_OPS = (
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_fused_attention_overrideable",
+    "flex_attention",
+    "_c10d_functional::reduce_scatter_tensor",
+    "aten::max",  # the amax of float8 scaling: one number, but a pass over the tensor
+)
+"""Operations whose results `op` always keeps: attention, and communication that would have to be repeated."""
+
+MATMULS = {"aten::mm": 1, "aten::addmm": 2}
+"""Matrix products, of which `op` keeps the first, third, …; and which of their arguments is the weight, transposed."""
+
+
+def recompute(model: nn.Module, plan: Plan, config: ActivationCheckpoint) -> None:
+    """Replace the `forward` of blocks, as `[activation_checkpoint]` says. Values and gradients stay the same.
+
+    Raises ConfigError for a mode that does not exist yet, a `selective_ac_option` that is neither an integer of at
+    least 1 nor `op`, and settings that exclude each other.
+    """
+    if config.mode == "none":
+        return
+    if config.mode == "memory_budget":
+        raise ConfigError(
+            "activation_checkpoint.mode = 'memory_budget' is not yet supported: use none, full, selective"
+        )
+    by_op = config.mode == "selective" and config.selective_ac_option == "op"
+    settings: dict[str, Any] = {"context_fn": _contexts(model, config)} if by_op else {}
+    settings |= {
+        "preserve_rng_state": config.preserve_rng_state,
+        "determinism_check": config.determinism_check,
+        "early_stop": config.early_stop,
+        "debug": config.debug,
+    }
+    every = 1 if by_op or config.mode == "full" else _every(config.selective_ac_option)
+    for i, block in enumerate(find(model, plan.blocks).values(), start=1):
+        if i % every == 0:
+            block.forward = _recomputed(block.forward, settings)
+
+
+def _every(option: str) -> int:
+    if not option.isdecimal() or int(option) < 1:
+        raise ConfigError(
+            f"activation_checkpoint.selective_ac_option = {option!r}: allowed are an integer n of at least 1, "
+            "which recomputes every n-th block, and 'op'"
+        )
+    return int(option)
+
+
+def _recomputed(forward: Callable[..., Any], settings: dict[str, Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def recomputed(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, **settings, **kwargs)
+
+    return recomputed
+
+
+def _contexts(model: nn.Module, config: ActivationCheckpoint) -> Callable[[], Any]:
+    """What `checkpoint` asks for at each call of a block: contexts for its forward pass and for its recomputation."""
+    if config.debug:
+        raise ConfigError(
+            "activation_checkpoint.debug = true cannot go with selective_ac_option = 'op': "
+            "set debug to false, or selective_ac_option to an integer"
+        )
+    cheap = _weight_shapes(model, config.per_op_sac_force_recompute_mm_shapes_by_fqns)
+
+    def contexts() -> Any:
+        return create_selective_checkpoint_contexts(_policy(cheap))
+
+    return contexts
+
+
+def _policy(cheap: frozenset[tuple[int, ...]]) -> Callable[..., CheckpointPolicy]:
+    """Decides for each operation of one call of a block; it counts matmuls, apart for forward and recomputation."""
+    matmuls = {False: 0, True: 0}
+
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        name = op.name()
+        keep = name in SAVED_OPS
+        if name in MATMULS and tuple(args[MATMULS[name]].shape) not in cheap:
+            matmuls[context.is_recompute] += 1
+            keep = matmuls[context.is_recompute] % 2 == 1
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return policy
+
+
+def _weight_shapes(model: nn.Module, names: list[str]) -> frozenset[tuple[int, ...]]:
+    """Shapes of the transposed weights of the linear layers whose name contains one of `names`."""
+    found = {name: module for name, module in model.named_modules() if any(part in name for part in names)}
+    for name, module in found.items():
+        if not isinstance(module, nn.Linear):
+            raise ConfigError(
+                f"activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns: {name} is a "
+                f"{type(module).__name__}, but only linear layers have a matmul to recompute: name one of those"
+            )
+    weights = [module.weight for module in found.values() if isinstance(module, nn.Linear)]
+    return frozenset(tuple(reversed(weight.shape)) for weight in weights)
