@@ -198,12 +198,12 @@ class Checkpointer:
     def _retain(self, saved: int) -> None:
         if not self._ranks.first or not self._keep:
             return
-        manifests = self._verifier.valid()
-        for step in doomed_steps(manifests, self._keep, saved):
-            try:
+        try:
+            manifests = self._verifier.valid()
+            for step in doomed_steps(manifests, self._keep, saved):
                 self._delete(step, manifests[step])
-            except (OSError, CheckpointError) as error:  # the save itself is done and good
-                self._log(logging.WARNING, f"step-{step} could not be deleted: {describe(error)}")
+        except (OSError, CheckpointError) as error:  # the save itself is done and good
+            self._log(logging.WARNING, f"old checkpoints could not be deleted: {describe(error)}")
 
     def _delete(self, step: int, manifest: Manifest) -> None:
         folder = self._verifier.folder(step)

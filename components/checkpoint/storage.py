@@ -32,11 +32,17 @@ def step_of(name: str) -> int | None:
 
 
 def step_folders(root: Path) -> list[int]:
-    """Steps that have a folder, ascending, whatever is in it. A symbolic link is not a folder of ours."""
+    """Steps that have a folder, ascending, whatever is in it. A symbolic link is not a folder of ours.
+
+    Raises CheckpointError if `root` cannot be read.
+    """
     if not root.is_dir():
         return []
-    with os.scandir(root) as entries:
-        names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+    try:
+        with os.scandir(root) as entries:
+            names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+    except OSError as error:
+        raise CheckpointError(f"'{root}' cannot be read: {error.strerror}") from error
     return sorted(step for name in names if (step := step_of(name)) is not None)
 
 

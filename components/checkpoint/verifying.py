@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 class Verifier:
-    """Checks the checkpoints below `root`; what it has found whole it does not hash again.
+    """Checks the checkpoints below `root`, and remembers which it has found whole.
 
     A checkpoint is given as a step of this job or as the path of any checkpoint's folder.
     """
@@ -60,26 +60,31 @@ class Verifier:
             raise CheckpointError(f"its {MANIFEST} says step {manifest.step}: the folder has been renamed")
         return manifest
 
-    def require_whole(self, step: int | Path) -> Manifest:
-        """Check every byte; the manifest. Collective. Raises CheckpointError with all that is wrong."""
-        folder, manifest = self.folder(step), self.manifest(step)
-        what, key = f"checkpoint {folder.name}", (folder.absolute(), render(manifest))
-        if key not in self._whole:
-            chunks = [(entry, index) for entry in manifest.files for index in range(len(entry.hashes))]
-            mine = chunks[self._ranks.rank :: self._ranks.size]
-            changed = self._ranks.everywhere(lambda: _changed(folder, mine, manifest.chunk_bytes), what)
-            if problems := sorted(text for texts in self._ranks.all_gather(changed) for text in texts):
-                raise CheckpointError(f"{what} is broken: {'; '.join(problems)}")
-            self._whole.add(key)
-        return manifest
-
     def problems(self, step: int | Path) -> list[str]:
         """Check every byte; what is wrong, empty if nothing is. Collective."""
         try:
-            self.require_whole(step)
+            self._check(step, self.manifest(step))
         except CheckpointError as error:
             return [str(error)]
         return []
+
+    def require_whole(self, step: int | Path) -> None:
+        """Check every byte, unless this object has done so before. Collective. Raises CheckpointError."""
+        manifest = self.manifest(step)
+        if self._key(step, manifest) not in self._whole:
+            self._check(step, manifest)
+
+    def _key(self, step: int | Path, manifest: Manifest) -> tuple[Path, bytes]:
+        return self.folder(step).absolute(), render(manifest)
+
+    def _check(self, step: int | Path, manifest: Manifest) -> None:
+        folder, what = self.folder(step), f"checkpoint {self.folder(step).name}"
+        chunks = [(entry, index) for entry in manifest.files for index in range(len(entry.hashes))]
+        mine = chunks[self._ranks.rank :: self._ranks.size]
+        changed = self._ranks.everywhere(lambda: _changed(folder, mine, manifest.chunk_bytes), what)
+        if problems := sorted(text for texts in self._ranks.all_gather(changed) for text in texts):
+            raise CheckpointError(f"{what} is broken: {'; '.join(problems)}")
+        self._whole.add(self._key(step, manifest))
 
 
 def _changed(folder: Path, chunks: list[tuple[FileEntry, int]], chunk_bytes: int) -> list[str]:
