@@ -2,9 +2,9 @@
 
 The mesh alone decides. Over (fsdp,) parameters are sharded; over (dp_replicate, fsdp) shards are replicated; and with
 fsdp = 1 every rank holds a whole copy, which is DDP. So mixed precision, accumulation, offload, tied weights and the
-state dict are the same everywhere, also on one rank. The price: replicas copy each unit's parameters before they use
-them (FSDP2's gather, without communication), a few percent of a step and freed after use. `DistributedDataParallel` was
-rejected: it casts by autocast, prefixes names, and shares no code with the rest. See docs/decisions/020.
+state dict are the same everywhere, also on one rank. The price: a whole copy is copied once more, unit by unit, before
+it is used (FSDP2's gather, without communication), and freed after. `DistributedDataParallel` was rejected: it casts by
+autocast, prefixes names, and shares no code with the rest. See docs/decisions/020.
 
 Gradients are summed over ranks, never averaged: the trainer's loss is already divided by the global token count.
 """
