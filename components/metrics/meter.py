@@ -6,7 +6,7 @@ finished work.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -89,7 +89,7 @@ class Meter:
         self._steps, self._tokens_before = 0, self.tokens
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
+    def waiting(self) -> Generator[None]:
         """Around whatever waits for data."""
         begin = self._clock()
         try:
@@ -98,7 +98,7 @@ class Meter:
             self._waited += self._clock() - begin
 
     @contextmanager
-    def pause(self) -> Iterator[None]:
+    def pause(self) -> Generator[None]:
         """Around what is no training, such as validation and saving: it counts in no rate."""
         begin = self._clock()
         try:
