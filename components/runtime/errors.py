@@ -13,7 +13,7 @@ class ExitCode(IntEnum):
 
 
 class EspalierError(Exception):
-    """Root of all errors that are raised on purpose. The message says what, where, what is allowed, and how to mend it."""
+    """Root of all errors raised on purpose. The message says what, where, what is allowed, and how to mend it."""
 
     exit_code = ExitCode.FAILED
 
