@@ -29,8 +29,7 @@ from components.checkpoint.state import ALL_BUT_MODEL, check_exclude, export_ten
 from components.checkpoint.tensors import Index, read_tensors, target_problems
 from components.checkpoint.verifying import Verifier
 from components.runtime.errors import CheckpointError
-
-logger = logging.getLogger(__name__)
+from components.runtime.logging import logger
 
 
 class Checkpointer:

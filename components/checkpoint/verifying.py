@@ -1,6 +1,5 @@
 """Verifier: reads manifests and checks checkpoints against them; the ranks share the work and agree on the verdict."""
 
-import logging
 from pathlib import Path
 
 from components.checkpoint import storage
@@ -8,8 +7,7 @@ from components.checkpoint.hashing import hash_chunks
 from components.checkpoint.manifest import MANIFEST, FileEntry, Manifest, read_manifest, render
 from components.checkpoint.ranks import Ranks
 from components.runtime.errors import CheckpointError
-
-logger = logging.getLogger(__name__)
+from components.runtime.logging import logger
 
 
 class Verifier:
