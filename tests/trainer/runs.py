@@ -85,5 +85,3 @@ def facts(record: dict[str, Any]) -> dict[str, float]:
 def on_ranks(ranks: int, fn: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
     """Call `fn(port, *args)` on ranks that make their own process group."""
     return run_ranks(ranks, fn, free_port(), *args, backend=None, timeout=timeout)
-
-
