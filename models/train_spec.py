@@ -87,8 +87,11 @@ def build_default_optimizers(parts: Sequence[nn.Module], job: JobConfig, device:
 
 def build_default_lr_schedulers(optimizers: Optimizers, job: JobConfig) -> LRSchedule:
     """The schedule of `[lr_scheduler]`, a pure function of the step."""
-    from components.optim.schedule import LRSchedule, lr_factor
+    from components.optim.schedule import LRSchedule, lr_factor, schedule_notes
+    from components.runtime.logging import logger
 
+    for note in schedule_notes(job.lr_scheduler, job.training.steps):
+        logger.info("note: %s", note)
     return LRSchedule(optimizers, lr_factor(job.lr_scheduler, job.training.steps))
 
 

@@ -1,4 +1,4 @@
-"""Exit 0 if this interpreter satisfies pyproject.toml's ranges (with the extras named as arguments), else 1 and what is missing.
+"""Exit 0 if this interpreter satisfies pyproject.toml's ranges, with the extras named as arguments; else 1, and why.
 
 Ranges, not pins: whoever trains in an environment of their own (a GPU container, say) keeps it. Needs only the standard
 library; versions are compared by `packaging`, or by the copy of it that every pip carries.

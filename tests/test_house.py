@@ -1,4 +1,4 @@
-"""The house rules of CONTRIBUTING.md that a machine can check: sizes, annotations, docstrings, what may be imported when."""
+"""The house rules of CONTRIBUTING.md that a machine can check: sizes, annotations, docstrings, what may be imported."""
 
 import ast
 import re
@@ -108,7 +108,9 @@ def test_mutable_module_state_is_only_registries() -> None:
         for node in ast.parse(path.read_text()).body:
             value = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None
             names = [ast.unparse(t) for t in getattr(node, "targets", [getattr(node, "target", None)]) if t is not None]
-            if isinstance(value, mutable) or (isinstance(value, ast.Dict) and not all(name.isupper() or name.strip("_").isupper() for name in names)):
+            if isinstance(value, mutable) or (
+                isinstance(value, ast.Dict) and not all(name.isupper() or name.strip("_").isupper() for name in names)
+            ):
                 found.append(f"{name_of(path)}:{node.lineno} {', '.join(names)}")  # fmt: skip
     assert found == []
 

@@ -27,7 +27,7 @@ from components.parallel.data import needs_process_group, set_gradient_sync
 from components.runtime import distributed, logging, seeds
 from components.runtime.collect import GarbageCollector
 from components.runtime.device import compute_dtype, pick_device
-from components.runtime.errors import NonFiniteError
+from components.runtime.errors import DataError, NonFiniteError
 from components.runtime.logging import logger
 from components.runtime.paths import prepare_folder
 from components.runtime.provenance import git_revision
@@ -142,9 +142,13 @@ class Trainer:
                 self.finish_step(values, rows, last=self.progress.step == steps)
                 if self.progress.step == steps:
                     return
+        if rows is None:
+            raise DataError(
+                f"the data end before a global batch of {self.job.training.global_batch_size} rows is full:"
+                ' lower training.global_batch_size, or go around again with data.on_end = "repeat"'
+            )
         logger.warning("the data ended after step %d of %d", self.progress.step, steps)
-        if rows is not None:
-            self.save(rows, last=True)
+        self.save(rows, last=True)
 
     def steps(self) -> Iterator[StepRows]:
         """This rank's rows, step by step; the time spent waiting for them is counted."""

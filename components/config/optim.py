@@ -49,11 +49,12 @@ class LRScheduler:
     """`[lr_scheduler]`: linear warm-up, stable, decay; a factor of `optimizer.lr`."""
 
     warmup_steps: NonNegativeInt = 200
-    """Steps of linear warm-up; step s of W has the factor s / W. More than `total_steps` is refused."""
+    """Steps of linear warm-up; step s of W has the factor s / W. More than the schedule has are cut, with a note."""
     total_steps: PositiveInt | None = None
     """Steps that the schedule spans; None: `training.steps`. Part of the job's fingerprint once set."""
     decay_ratio: Fraction | None = None
-    """Share of the steps that decay, at the end. None: decay starts right after warm-up; 0: no decay."""
+    """Share of the steps that decay, at the end. None: decay starts right after warm-up; 0: no decay. More than
+    warm-up leaves is cut, with a note."""
     decay_type: Literal["linear", "sqrt", "cosine", "inverse_sqrt"] = "linear"
     """Shape of the decay over x from 0 to 1: 1−x, 1−√x, ½(1+cos πx); inverse_sqrt: √(W/s) from the end of warm-up W
     on."""

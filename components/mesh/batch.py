@@ -1,5 +1,7 @@
-"""Batch: what flows from a row source through a model into a loss. The loss's answer, RowLoss, stands here too: both ends
-must agree on them, and no room owns both ends."""
+"""Batch: what flows from a row source through a model into a loss, and RowLoss, the loss's answer.
+
+They stand here since both ends must agree on them, and no room owns both ends.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of equal length. All tensors are (rows, seq) and int64, so that every device indexes with them as they are."""
+    """Rows of equal length. All tensors are (rows, seq) and int64, so that any device can index with them."""
 
     tokens: Tensor
     """Input token ids."""

@@ -130,7 +130,7 @@ def global_indices(param: Tensor, chunk: int | None = None) -> Iterator[tuple[in
     """Where the local shard's elements lie in the whole parameter, chunk by chunk.
 
     Args:
-        param: Plain tensor (all of it is local), or DTensor: replicated, sharded, or both as FSDP2 does it; even or not.
+        param: Plain tensor (all of it is local), or DTensor: replicated, sharded, or as FSDP2 does it; even or not.
         chunk: Elements of a chunk; None: what suits the device.
 
     Yields:
@@ -148,7 +148,7 @@ def global_indices(param: Tensor, chunk: int | None = None) -> Iterator[tuple[in
 
 
 def local_dims(param: Tensor) -> list[Tensor]:
-    """For each dimension, the global positions along it that the local shard holds, in its order. # (local size,) each"""
+    """For each dimension, the global positions along it that the local shard holds. # (local size,) each"""
     dims = [torch.arange(size, device=param.device) for size in param.shape]
     if not isinstance(param, DTensor):
         return dims

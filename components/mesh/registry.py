@@ -12,7 +12,7 @@ T = TypeVar("T")
 class Registry(Mapping[str, T], Generic[T]):
     """Names and what they stand for.
 
-    `kind` is the noun that messages use ("optimizer"), `key` the configuration key that names an entry ("optimizer.name").
+    `kind` is the noun that messages use ("optimizer"), `key` the key that names an entry ("optimizer.name").
     """
 
     def __init__(self, kind: str, key: str) -> None:
@@ -23,7 +23,9 @@ class Registry(Mapping[str, T], Generic[T]):
     def register(self, name: str, value: T) -> T:
         """Add an entry. Raises ConfigError if the name is taken, or if start-up is over."""
         if self._frozen:
-            raise ConfigError(f"{self.kind} {name!r} is registered after start-up: register it in `experimental.custom_import`")
+            raise ConfigError(
+                f"{self.kind} {name!r} is registered after start-up: register it in `experimental.custom_import`"
+            )
         if name in self._entries:
             raise ConfigError(f"{self.kind} {name!r} is registered twice: choose another name")
         self._entries[name] = value

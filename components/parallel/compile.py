@@ -14,6 +14,7 @@ from torch import nn
 from components.config.compute import Compile
 from components.mesh.plan import Plan
 from components.parallel.modules import find
+from components.runtime.errors import ConfigError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -27,6 +28,7 @@ def compile_blocks(model: nn.Module, plan: Plan, config: Compile) -> None:
     """
     if not config.enable or "model" not in config.components:
         return
+    _require_backend(config)
     for block in find(model, plan.blocks).values():
         block.forward = torch.compile(block.forward, backend=config.backend, fullgraph=not plan.fp32)
 
@@ -35,4 +37,15 @@ def compile_loss(loss: Callable[P, R], config: Compile) -> Callable[P, R]:
     """The loss, compiled if `[compile]` says so. Graphs may break where it calls a head that has hooks."""
     if not config.enable or "loss" not in config.components:
         return loss
+    _require_backend(config)
     return torch.compile(loss, backend=config.backend)
+
+
+def _require_backend(config: Compile) -> None:
+    """Raise ConfigError for a back end that torch does not know."""
+    known = torch.compiler.list_backends(exclude_tags=())
+    if config.backend not in known:
+        names = ", ".join(sorted(torch.compiler.list_backends()))
+        raise ConfigError(
+            f"compile.backend = {config.backend!r}: no such back end; allowed: {names}, and those for debugging"
+        )

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from tests.trainer.runs import TINY, facts, free_port, train
 from tests.ranks import run_ranks
+from tests.trainer.runs import TINY, facts, free_port, train
 
 STEPS = 10
 SHARD, REPLICATE = "--parallelism.data_parallel_shard_degree", "--parallelism.data_parallel_replicate_degree"
@@ -26,10 +26,13 @@ LAYOUTS = {
     "FSDP 2, offloaded": (2, ("--training.enable_cpu_offload",)),
     "workers": (2, ("--training.dataloader.num_workers=2",)),
     "full recompute": (2, ("--activation_checkpoint.mode=full",)),
-    "selective recompute by op": (1, ("--activation_checkpoint.mode=selective", "--activation_checkpoint.selective_ac_option=op")),
+    "recompute by op": (
+        1,
+        ("--activation_checkpoint.mode=selective", "--activation_checkpoint.selective_ac_option=op"),
+    ),
     "chunked loss": (2, ("--loss.name=chunked_cross_entropy", "--loss.chunk_tokens=7")),
     "foreach optimizer": (1, ("--optimizer.implementation=foreach",)),
-}  # fmt: skip
+}
 COMMON = (
     f"--training.steps={STEPS}",
     "--data.document_mask",
@@ -100,12 +103,10 @@ def test_every_gradient_and_every_update_is_the_same(
 ) -> None:
     common = [*TINY, f"--model.flavor={flavor}", "--data.document_mask"]
     environ = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    (want, final), *_ = run_ranks(
-        1, gradients, [*common, "--training.local_batch_size=12", f"--job.dump_folder={tmp_path}/a"], environ, backend=None
-    )  # fmt: skip
-    (got, ended), *_ = run_ranks(
-        ranks, gradients, [*common, *arguments, f"--job.dump_folder={tmp_path}/b"], environ, backend=None
-    )
+    alone = [*common, "--training.local_batch_size=12", f"--job.dump_folder={tmp_path}/a"]
+    together = [*common, *arguments, f"--job.dump_folder={tmp_path}/b"]
+    (want, final), *_ = run_ranks(1, gradients, alone, environ, backend=None)
+    (got, ended), *_ = run_ranks(ranks, gradients, together, environ, backend=None)
     assert got.keys() == want.keys()
     assert ("output.weight" in want) == (flavor == "untied")
     norm = torch.stack([g.norm() for g in want.values()]).norm()
@@ -129,5 +130,6 @@ def test_bf16_stays_close_and_is_the_same_mechanism_everywhere(tmp_path: Path) -
 def test_compiled_numbers_are_the_eager_ones(tmp_path: Path) -> None:
     eager = train(1, tmp_path / "eager", "--data.document_mask")
     for ranks in (1, 2):
-        found = train(ranks, tmp_path / str(ranks), "--data.document_mask", "--compile.enable", "--compile.backend=aot_eager")  # fmt: skip
+        compiled = ("--data.document_mask", "--compile.enable", "--compile.backend=aot_eager")
+        found = train(ranks, tmp_path / str(ranks), *compiled)
         assert [facts(record) for record in found] == [pytest.approx(facts(record), rel=1e-5) for record in eager]

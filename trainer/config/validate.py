@@ -15,6 +15,7 @@ from components.config.job_config import JobConfig
 from components.config.overlay import DEFAULT
 from components.config.training import DataLoader
 from components.mesh.degrees import Degrees, resolve_degrees
+from components.optim.schedule import schedule_problems
 from components.runtime.errors import MeshError
 from trainer.config.names import check_names
 from trainer.config.support import unsupported
@@ -119,20 +120,7 @@ def _offload(job: JobConfig, degrees: Degrees) -> Problems:
 
 
 def _schedule(job: JobConfig) -> Problems:
-    schedule = job.lr_scheduler
-    total, key = schedule.total_steps, "lr_scheduler.total_steps"
-    if total is None:
-        total, key = job.training.steps, "training.steps"
-    if schedule.warmup_steps > total:
-        yield (
-            f"lr_scheduler.warmup_steps = {schedule.warmup_steps}: must be at most {key} = {total};"
-            f" lower it with --lr_scheduler.warmup_steps={total // 10}"
-        )
-    if schedule.decay_type == "inverse_sqrt" and schedule.warmup_steps == 0:
-        yield (
-            "lr_scheduler.warmup_steps = 0: inverse_sqrt decays from the end of warm-up W as √(W/step), which is 0"
-            " without one; take at least 1, or another lr_scheduler.decay_type"
-        )
+    yield from schedule_problems(job.lr_scheduler)
 
 
 def _loaders(job: JobConfig) -> Problems:

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from components.config.optim import LRScheduler
-from components.optim.schedule import LRSchedule, lr_factor
+from components.optim.schedule import LRSchedule, lr_factor, schedule_notes
 from components.runtime.errors import ConfigError
 
 
@@ -50,8 +50,8 @@ def test_floor() -> None:
 def test_inverse_sqrt() -> None:
     expected = [0.25, 0.5, 0.75, 1.0, math.sqrt(4 / 5), math.sqrt(4 / 6)]
     assert _factors(6, warmup_steps=4, decay_type="inverse_sqrt") == expected
-    assert _factors(4, 16, warmup_steps=0, decay_type="inverse_sqrt")[15] == 0.25
-    assert _factors(4, 16, warmup_steps=0, decay_type="inverse_sqrt", min_lr_factor=0.3)[15] == 0.3
+    assert _factors(4, 16, warmup_steps=1, decay_type="inverse_sqrt")[15] == 0.25
+    assert _factors(4, 16, warmup_steps=1, decay_type="inverse_sqrt", min_lr_factor=0.3)[15] == 0.3
 
 
 def test_total_steps_stands_for_training_steps() -> None:
@@ -59,31 +59,35 @@ def test_total_steps_stands_for_training_steps() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "problem"),
+    ("config", "note", "factors"),
     [
         (
-            LRScheduler(warmup_steps=11),
-            "lr_scheduler.warmup_steps = 11: more than training.steps = 10; allowed: 0 to 10",
+            LRScheduler(warmup_steps=8),
+            "lr_scheduler.warmup_steps = 8: cut to the 4 steps that there are",
+            [0.25, 0.5, 0.75, 1.0],
         ),
         (
-            LRScheduler(warmup_steps=9, total_steps=8),
-            "lr_scheduler.warmup_steps = 9: more than lr_scheduler.total_steps = 8; allowed: 0 to 8",
-        ),
-        (
-            LRScheduler(warmup_steps=3, decay_ratio=0.8),
-            "lr_scheduler: warmup_steps = 3 and decay_ratio = 0.8 (8 steps) do not fit into training.steps = 10;"
-            " allowed: a decay_ratio up to 0.7",
-        ),
-        (
-            LRScheduler(warmup_steps=3, decay_ratio=0.5, decay_type="inverse_sqrt"),
-            "lr_scheduler.decay_ratio = 0.5: has no effect on decay_type = 'inverse_sqrt'; remove it",
+            LRScheduler(warmup_steps=2, decay_ratio=0.75),
+            "lr_scheduler.decay_ratio = 0.75: cut to the 2 of 4 steps that follow warm-up",
+            [0.5, 1.0, 1.0, 0.5],
         ),
     ],
 )
-def test_phases_that_do_not_fit(config: LRScheduler, problem: str) -> None:
+def test_phases_that_do_not_fit_are_cut(config: LRScheduler, note: str, factors: list[float]) -> None:
+    assert schedule_notes(config, 4) == [note]
+    assert [lr_factor(config, 4)(step) for step in range(1, 5)] == factors
+    assert schedule_notes(config, 400) == []
+
+
+def test_inverse_sqrt_has_no_decay_phase_and_needs_a_warm_up() -> None:
+    config = LRScheduler(warmup_steps=0, decay_ratio=0.5, decay_type="inverse_sqrt")
     with pytest.raises(ConfigError) as caught:
         lr_factor(config, 10)
-    assert str(caught.value) == problem
+    assert caught.value.problems == (
+        "lr_scheduler.decay_ratio = 0.5: means nothing to inverse_sqrt; remove it",
+        "lr_scheduler.warmup_steps = 0: inverse_sqrt decays from the end of warm-up W as √(W/step), which is 0 without"
+        " one; take at least 1, or another lr_scheduler.decay_type",
+    )
 
 
 class _Recorder:

@@ -218,10 +218,9 @@ ARGUMENTS = {
         ["--job.config_file=b.toml"],
         "b.toml: cannot be read: No such file or directory; check the path and the current folder",
     ),
-    "warm-up longer than the job": (
-        ["--lr_scheduler.warmup_steps=200", "--training.steps=100"],
-        "--lr_scheduler.warmup_steps=200: must be at most training.steps = 100; lower it with"
-        " --lr_scheduler.warmup_steps=10",
+    "a decay that means nothing": (
+        ["--lr_scheduler.decay_ratio=0.5", "--lr_scheduler.decay_type=inverse_sqrt"],
+        "--lr_scheduler.decay_ratio=0.5: means nothing to inverse_sqrt; remove it",
     ),
     "inverse square root of nothing": (
         ["--lr_scheduler.warmup_steps=0", "--lr_scheduler.decay_type=inverse_sqrt"],
