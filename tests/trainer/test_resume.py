@@ -1,0 +1,147 @@
+"""A job that was cut off comes back: bit for bit on the same layout, with the same numbers on any other."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from components.checkpoint.checkpointer import Checkpointer
+from tests.trainer.runs import facts, launch, records, train
+
+SAVING = ("--checkpoint.enable", "--checkpoint.interval=2", "--training.steps=6", "--data.document_mask")
+
+
+def tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, read without knowing the model."""
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    target = folder / "all.pt"
+    dcp_to_torch_save(folder / f"checkpoint/step-{step}", target)
+    return torch.load(target, weights_only=True)
+
+
+def cut_off(folder: Path, after: int) -> None:
+    """Leave the folder as if the job had been killed after saving step `after`, later steps already reported."""
+    for step in Checkpointer(folder / "checkpoint", keep_latest_k=0, group=None).steps():
+        if step > after:
+            shutil.rmtree(folder / f"checkpoint/step-{step}")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    train(2, folder, *SAVING)
+    return folder
+
+
+def copy(whole: Path, folder: Path, after: int) -> Path:
+    shutil.copytree(whole, folder)
+    cut_off(folder, after)
+    return folder
+
+
+@pytest.mark.parametrize("after", [2, 4])
+def test_the_same_layout_goes_on_bit_for_bit(after: int, whole: Path, tmp_path: Path) -> None:
+    folder = copy(whole, tmp_path / "run", after)
+    resumed = train(2, folder, *SAVING)
+    assert [record["step"] for record in resumed] == [1, 2, 3, 4, 5, 6]  # repeated steps are not there twice
+    assert [facts(record) for record in resumed] == [facts(record) for record in records(whole)]
+    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [(e["event"], e["step"]) for e in events if "event" in e] == [("resume", after)]
+    want, got = tensors(whole, 6), tensors(folder, 6)
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "arguments"),
+    [
+        (1, ("--training.local_batch_size=4",)),
+        (4, ("--parallelism.data_parallel_replicate_degree=2", "--training.dataloader.num_workers=2")),
+    ],
+    ids=["1 rank", "HSDP and workers"],
+)
+def test_another_layout_goes_on_with_the_same_numbers(
+    ranks: int, arguments: tuple[str, ...], whole: Path, tmp_path: Path
+) -> None:
+    folder = copy(whole, tmp_path / "run", 2)
+    resumed = train(ranks, folder, *SAVING, *arguments)
+    for mine, theirs in zip(resumed, records(whole), strict=True):
+        assert facts(mine) == pytest.approx(facts(theirs), rel=1e-5)
+
+
+def test_a_derived_global_batch_stays_what_it_was(tmp_path: Path) -> None:
+    derived = (*SAVING, "--training.global_batch_size=-1", "--training.local_batch_size=2", "--training.steps=2")
+    train(2, tmp_path, *derived)
+    (outcome,) = launch(1, tmp_path, *derived, "--training.steps=3")
+    assert outcome.code == 0
+    assert "training.global_batch_size = -1: 4 rows, kept from the checkpoint" in outcome.stderr
+    assert [record["tokens"] for record in records(tmp_path)][-1] > 2 * 4 * 24 * 0.8
+    (outcome,) = launch(1, tmp_path, *derived, "--training.steps=4", "--training.local_batch_size=3")
+    assert outcome.code == 2
+    assert outcome.stderr.endswith(
+        "error: training.global_batch_size = 4, as saved, is no multiple of local_batch_size 3 × 1 data-parallel ranks:"
+        " choose a training.local_batch_size that divides 4\n"
+    )
+
+
+def test_a_finished_job_is_extended_and_a_done_one_says_so(whole: Path, tmp_path: Path) -> None:
+    folder = copy(whole, tmp_path / "run", 6)
+    outcomes = launch(2, folder, *SAVING)
+    assert [outcome.code for outcome in outcomes] == [0, 0]
+    assert "nothing to do: step 6 of training.steps = 6 is done" in outcomes[0].stderr
+    extended = train(2, folder, *SAVING, "--training.steps=7")
+    assert [record["step"] for record in extended] == [1, 2, 3, 4, 5, 6, 7]
+    assert extended[-1]["lr"] > 0
+
+
+def test_another_job_is_refused_by_the_keys_that_differ(whole: Path, tmp_path: Path) -> None:
+    folder = copy(whole, tmp_path / "run", 4)
+    (outcome,) = launch(1, folder, *SAVING, "--training.seq_len=20", "--optimizer.lr=0.001", "--debug.seed=8")
+    assert outcome.code == 2
+    assert outcome.stderr.splitlines()[-1] == (
+        "error: checkpoint step-4 belongs to another job: debug.seed: 7 saved, 8 now; optimizer.lr: 0.0008 saved,"
+        " 0.001 now; training.seq_len: 24 saved, 20 now; set these keys back, start a new job.dump_folder, or start"
+        " from its weights with checkpoint.initial_load_path in a new job.dump_folder"
+    )
+
+
+def test_weights_of_another_job_start_a_new_one(whole: Path, tmp_path: Path) -> None:
+    start = f"--checkpoint.initial_load_path={whole}/checkpoint/step-6"
+    fresh = train(1, tmp_path / "a", *SAVING[3:], "--training.steps=1", "--training.seq_len=20")
+    tuned = train(1, tmp_path / "b", *SAVING, start, "--training.steps=1", "--training.seq_len=20")
+    assert tuned[0]["step"] == 1
+    assert tuned[0]["tokens"] == fresh[0]["tokens"]
+    assert tuned[0]["loss"] < fresh[0]["loss"] - 0.01
+
+
+def test_parts_that_are_left_out_start_anew(whole: Path, tmp_path: Path) -> None:
+    def third(name: str, *parts: str) -> dict[str, Any]:
+        folder = copy(whole, tmp_path / name, 2)
+        exclude = [f"--checkpoint.exclude_from_loading={','.join(parts)}"] if parts else []
+        return train(2, folder, *SAVING, *exclude)[2]
+
+    everything, data, schedule = third("all"), third("data", "dataloader"), third("lr", "lr_scheduler")
+    assert (data["tokens"], data["loss"]) != (everything["tokens"], everything["loss"])
+    assert schedule["loss"] == everything["loss"]
+    assert schedule["lr"] == pytest.approx(0.0004)  # step 1 of a warm-up of 2, at a peak of 8e-4
+    assert everything["lr"] == pytest.approx(0.0008)
+
+
+def test_only_weights_at_the_end_cannot_be_resumed_but_can_be_started_from(tmp_path: Path) -> None:
+    arguments = (*SAVING, "--checkpoint.last_save_model_only", "--checkpoint.export_dtype=bfloat16")
+    train(1, tmp_path / "a", *arguments, "--training.steps=1")
+    (outcome,) = launch(1, tmp_path / "a", *arguments, "--training.steps=2")
+    assert outcome.code == 2
+    assert "checkpoint step-1 holds only weights (checkpoint.last_save_model_only)" in outcome.stderr
+    start = f"--checkpoint.initial_load_path={tmp_path}/a/checkpoint/step-1"
+    assert train(1, tmp_path / "b", *SAVING, start)[0]["step"] == 1
+
+
+def test_load_only_saves_nothing(whole: Path, tmp_path: Path) -> None:
+    folder = copy(whole, tmp_path / "run", 4)
+    train(2, folder, *SAVING, "--checkpoint.load_only")
+    assert sorted(path.name for path in (folder / "checkpoint").iterdir()) == ["step-2", "step-4"]
