@@ -7,11 +7,13 @@ the step are the real ones, by the same calls as the Trainer's. Whatever a real 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from components.config.compute import Compile
 from components.estimate.footprint import Footprint, footprint
 from components.mesh.batch import Batch
 from components.mesh.degrees import resolve_degrees
@@ -35,7 +37,8 @@ class DryTrainer(Trainer):
 
     def __init__(self, job: JobConfig, dims: ParallelDims) -> None:
         self.device, self.dims = DEVICE, dims
-        self.job, self.notes = settle(job, dims.data_degree, {})
+        job, self.notes = settle(job, dims.data_degree, {})
+        self.job = replace(job, compile=Compile())  # a compiler wants real tensors, and changes nothing that is held
         self.dtype = compute_dtype(job.training.mixed_precision_param, DEVICE, dry_run=True)
         self.spec = families[job.model.name].load()
         self.args = get_args(job.model.name, job.model.flavor)

@@ -57,7 +57,8 @@ def reduce_step(loss_sum: Tensor, count: Tensor, max_loss: Tensor, group: Proces
     """
     sums = all_reduce_sum(torch.stack([loss_sum.detach().double(), count.double()]), group)
     largest = all_reduce_max(max_loss.detach().float().clone(), group)
-    return Reduced(sums[0], sums[1].long(), largest)
+    # A maximum over ranks may or may not let NaN through; the sum always does.
+    return Reduced(sums[0], sums[1].long(), torch.where(sums[0].isnan(), torch.nan, largest))
 
 
 class Meter:

@@ -1,0 +1,92 @@
+"""The dry run counts what a real run would hold, on any number of ranks, without a GPU, data or a tokenizer."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from models.train_spec import get_args
+from tests.ranks import run_ranks
+from tests.trainer.runs import ROOT, TINY, Outcome, call, free_port
+
+NO_DATA = ("--comm.mode=fake_backend", "--training.dataset_path=/nowhere", "--model.hf_assets_path=/nowhere")
+
+
+def dry_run(ranks: int, *arguments: str, timeout: float = 100) -> str:
+    environ = {"NGPU": str(ranks)}
+    (outcome,) = run_ranks(1, call, [*arguments, *NO_DATA], environ, backend=None, timeout=timeout)
+    assert isinstance(outcome, Outcome)
+    assert outcome.code == 0, outcome.stderr
+    return outcome.stdout
+
+
+def held(text: str) -> dict[str, tuple[int, int]]:
+    """Elements and bytes by kind."""
+    rows = re.findall(r"^  (\w+) +([\d,]+) +([\d,]+) bytes", text, re.MULTILINE)
+    return {kind: (int(count.replace(",", "")), int(size.replace(",", ""))) for kind, count, size in rows}
+
+
+def really_held(argv: list[str], environ: dict[str, str]) -> dict[str, tuple[int, int]]:
+    """The same of a real run, counted on this rank after a step."""
+    import os
+
+    os.environ.update(environ)
+    from trainer.command import import_custom
+    from trainer.config.load import load_job
+    from trainer.trainer import Trainer
+
+    def local(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+    resolved = load_job(argv, os.environ)
+    import_custom(resolved.job.experimental.custom_import)
+    trainer = Trainer(resolved, os.environ)
+    rows = next(trainer.steps())
+    trainer.accumulate(rows.batch)
+    kinds = {
+        "parameters": list(trainer.parameters),
+        "gradients": [p.grad for p in trainer.parameters if p.grad is not None],
+        "optimizer": list(trainer.optimizers.named_state().values()),
+    }
+    return {kind: (sum(local(t).numel() for t in ts), sum(local(t).nbytes for t in ts)) for kind, ts in kinds.items()}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(), ("--parallelism.data_parallel_replicate_degree=2",), ("--training.dtype=bfloat16", "--model.flavor=tied")],
+    ids=["FSDP", "HSDP", "bf16, tied"],
+)
+def test_it_counts_what_a_real_run_holds(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    exact = (*TINY, "--training.mixed_precision_param=float32", *arguments)
+    counted = held(dry_run(4, *exact))
+    environ = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    real = run_ranks(4, really_held, [*exact, f"--job.dump_folder={tmp_path}"], environ, backend=None)
+    assert {kind: counted[kind] for kind in real[0]} == real[0]
+    assert real[0]["parameters"][0] >= max(rank["parameters"][0] for rank in real)  # rank 0 is the fullest
+
+
+def test_the_published_8b_on_64_ranks() -> None:
+    config = ROOT / "models/llama3/train_configs/llama3_8b.toml"
+    text = dry_run(64, f"--job.config_file={config}", "--parallelism.data_parallel_replicate_degree=1")
+    assert "model: llama3 8B, 8,030,261,248 parameters" in text
+    share = 8_030_261_248 // 64  # every dimension of it divides by 64
+    assert held(text)["parameters"] == (share, 4 * share)
+    assert held(text)["gradients"] == (share, 4 * share)
+    elements, size = held(text)["optimizer"]
+    assert 2 * share <= elements < 2 * share + 1000  # two moments, and a step counter for each parameter
+    assert size == 4 * elements
+    assert math.isclose(get_args("llama3", "8B").flops_per_token(8192), 5.148e10, rel_tol=1e-3)
+
+
+def test_it_refuses_what_a_real_run_would() -> None:
+    argv = [*TINY, *NO_DATA, "--parallelism.data_parallel_shard_degree=3"]
+    (outcome,) = run_ranks(1, call, argv, {"NGPU": "4"}, backend=None)
+    assert outcome.code == 2
+    assert outcome.stdout == ""
+    assert outcome.stderr == (
+        "error: parallelism: 1 (replicate) × 3 (shard) × 1 (context) × 1 (tensor) × 1 (pipeline) = 3 ranks, but there"
+        " are 4: set `parallelism.data_parallel_shard_degree` to 4 (or to -1: all that are left), or start 3 ranks\n"
+    )
