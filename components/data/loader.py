@@ -6,7 +6,9 @@ torchdata's StatefulDataLoader was rejected: its state is one per rank and worke
 """
 
 import atexit
+import os
 import signal
+import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -146,10 +148,17 @@ class Loader:
         held = self._persistent if self._settings.persistent_workers else []
         if not held:
             held.append(self._torch_loader(workers))
-            atexit.register(held.clear)  # before multiprocessing waits for its children, which ignore its signal
+            atexit.register(held.clear)
         held[1:] = [iter(held[0])]
         try:
-            while blocks := _round(held[1], workers):
+            while True:
+                made = [next(held[1], None) for _ in range(workers)]
+                for error in (x for x in made if isinstance(x, EspalierError)):
+                    _end(held)  # its traceback holds this frame, so nothing here may hold the workers
+                    raise error
+                blocks = [x for x in made if isinstance(x, _Block)]
+                if len(blocks) < workers:
+                    return
                 yield blocks
         finally:
             if held is not self._persistent:
@@ -254,16 +263,6 @@ class _WorkerRows(IterableDataset[_Block | EspalierError | None]):
         yield None
 
 
-def _round(items: Iterator[_Block | EspalierError | None], workers: int) -> list[_Block]:
-    """One block from each worker, or none at all if one has ended. Raises the error that a worker met."""
-    made = [next(items, None) for _ in range(workers)]
-    for item in made:
-        if isinstance(item, EspalierError):
-            raise item
-    blocks = [x for x in made if isinstance(x, _Block)]
-    return blocks if len(blocks) == workers else []
-
-
 def _end(held: list[Any]) -> None:
     """Drop the only references to worker processes, which ends them."""
     held.clear()
@@ -275,6 +274,18 @@ def _as_is(item: Any) -> Any:
 
 
 def _calm(_: int) -> None:
-    """In a worker: leave signals to the training process, which may still want to write a checkpoint before it ends."""
+    """In a worker: leave signals to the training process, which may still want to write a checkpoint before it ends.
+
+    Schedulers signal every process of a job. SIGTERM is obeyed only from the training process; Python tells who sent a
+    signal only where `sigwaitinfo` exists, so elsewhere (macOS) SIGTERM keeps its meaning.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey_parent, daemon=True).start()
+
+
+def _obey_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
