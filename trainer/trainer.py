@@ -238,7 +238,10 @@ class Trainer:
             self.persistence.save(self.progress, table, self.parts, self.identity, weights_only=weights_only)
 
     def close(self) -> None:
-        """Flush what is reported, end worker processes and process groups."""
+        """Flush what is reported, end worker processes and process groups. Collective."""
+        skipped = torch.tensor(self.loader.report()["skipped_records"], device=self.device)
+        if total := int(distributed.all_reduce_sum(skipped, self.dims.group("batch"))):
+            logger.info("records that could not be read and were skipped: %d", total)
         self.sinks.close()
         self.collector.close()
         if self.validator:

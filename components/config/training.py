@@ -14,7 +14,8 @@ class DataLoader:
     num_workers: NonNegativeInt = 0
     """Worker processes per rank; 0 reads in the training process. More than the rank's rows are not started."""
     persistent_workers: bool = False
-    """Keep workers alive from one pass over the data to the next. Needs `num_workers` > 0."""
+    """Keep workers alive from one validation to the next; training is one pass, epochs included. Needs `num_workers`
+    > 0."""
     pin_memory: bool = False
     """Page-locked host memory, for faster copies to an accelerator; without one it is ignored, and the log says so."""
     prefetch_factor: PositiveInt | None = None

@@ -12,6 +12,10 @@ from trainer.config.support import CONVERTERS
 Predicate = Callable[[JobConfig], bool]
 
 
+DENSE = ("llama3",)
+"""Model families without experts."""
+
+
 @dataclass(frozen=True)
 class Inactive:
     """Keys that do nothing while `idle` says so. A key ending in `.` or in `_` stands for all that begin so."""
@@ -44,6 +48,11 @@ INACTIVE = (
     ),
     Inactive(("model.print_after_conversion",), lambda job: not job.model.converters, "model.converters is empty"),
     Inactive(("checkpoint.",), lambda job: not job.checkpoint.enable, "checkpoint.enable is false"),
+    Inactive(
+        tuple(f"checkpoint.{k}" for k in ("interval", "keep_latest_k", "enable_first_step_checkpoint", "last_save_")),
+        lambda job: job.checkpoint.load_only,
+        "checkpoint.load_only saves nothing",
+    ),
     Inactive(
         ("checkpoint.initial_load_model_only",),
         lambda job: not job.checkpoint.initial_load_path,
@@ -152,7 +161,26 @@ INACTIVE = (
         "lr_scheduler.decay_ratio is 0: nothing decays",
     ),
     Inactive(("loss.chunk_tokens",), lambda job: job.loss.name == "cross_entropy", 'loss.name is "cross_entropy"'),
+    Inactive(
+        ("data.streams", "data.shuffle", "data.shuffle_window", "data.on_end"),
+        lambda job: job.training.dataset == "synthetic",
+        'training.dataset is "synthetic", whose rows are drawn by their number, without end',
+    ),
     Inactive(("data.shuffle_window",), lambda job: not job.data.shuffle, "data.shuffle is false"),
+    Inactive(
+        ("training.dataloader.persistent_workers",),
+        lambda job: True,
+        "training is one pass from the first step to the last, epochs included",
+    ),
+    Inactive(("training.gc_freq",), lambda job: job.training.gc_debug, "training.gc_debug collects at every step"),
+    Inactive(
+        ("comm.save_traces_folder", "comm.save_traces_file_prefix"),
+        lambda job: job.comm.trace_buf_size == 0,
+        "comm.trace_buf_size is 0: nothing is recorded",
+    ),
+    Inactive(
+        ("debug.moe_force_load_balance",), lambda job: job.model.name in DENSE, "the model family has no experts"
+    ),
     Inactive(
         ("debug.deterministic_warn_only",), lambda job: not job.debug.deterministic, "debug.deterministic is false"
     ),

@@ -304,7 +304,7 @@ def test_alias_of_a_converter() -> None:
 
 def test_405b_is_refused_only_for_what_is_live() -> None:
     assert problems(LLAMA_405B, 128) == [
-        'model.converters = ["quantize.linear.float8"]: not yet supported: quantizing converters are not there yet;'
+        'model.converters = ["quantize.linear.float8"]: not yet supported: model converters are not there yet;'
         " train without them: converters = []",
         "parallelism.enable_async_tensor_parallel = true: not yet supported: tensor parallelism does not overlap its"
         " communication yet; set it to false",
