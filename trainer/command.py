@@ -109,8 +109,7 @@ def describe(error: EspalierError) -> str:
 def say(message: str, environ: MutableMapping[str, str]) -> None:
     """Print an error; a worker of torchrun hands it to the agent instead, which prints one of them once."""
     if path := environ.get("TORCHELASTIC_ERROR_FILE"):
-        stamp = {"timestamp": str(int(time.time())), "py_callstack": ""}
         with open(path, "w", encoding="utf-8") as file:
-            json.dump({"message": {"message": message, "extraInfo": stamp}}, file)
+            json.dump({"message": message, "timestamp": int(time.time())}, file)
     else:
         print(f"error: {message}", file=sys.stderr)

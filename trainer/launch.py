@@ -65,21 +65,21 @@ def run_workers(argv: list[str], environ: MutableMapping[str, str], processes: i
         elastic_launch(config, command)(*arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        print(f"error: [rank {rank}] {failure.message}", file=sys.stderr)
+        message = failure.message if failure.error_file_data or failure.exitcode < 0 else "failed; its output is above"
+        print(f"error: [rank {rank}] {message}", file=sys.stderr)
         return failure.exitcode if failure.exitcode > 0 else 1
-    except DistError as error:
-        print(f"error: {rendezvous_problem(environ, error)}", file=sys.stderr)
+    except DistError:
+        print(f"error: {rendezvous_problem(environ)}", file=sys.stderr)
         return 2
     return 0
 
 
-def rendezvous_problem(environ: Mapping[str, str], error: Exception) -> str:
+def rendezvous_problem(environ: Mapping[str, str]) -> str:
     """What to say when the machines cannot find each other, or the port is taken."""
     address = f"{environ.get('MASTER_ADDR', 'localhost')}:{environ.get('MASTER_PORT', '29500')}"
-    reason = str(error).splitlines()[0]
     return (
-        f"the ranks cannot meet at {address}: {reason}. Is another job using that port? Set MASTER_PORT to a free one,"
-        " and MASTER_ADDR to the machine with NODE_RANK=0"
+        f"the ranks cannot meet at {address}: the port is taken or not reachable; set MASTER_PORT to a free one, and"
+        " MASTER_ADDR to the machine with NODE_RANK=0"
     )
 
 

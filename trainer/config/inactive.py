@@ -146,11 +146,6 @@ INACTIVE = (
         "parallelism.expert_parallel_degree is 1",
     ),
     Inactive(
-        ("parallelism.fsdp_reshard_after_forward",),
-        lambda job: job.parallelism.data_parallel_shard_degree == 1 and job.parallelism.context_parallel_degree == 1,
-        "parallelism.data_parallel_shard_degree is 1",
-    ),
-    Inactive(
         ("lr_scheduler.decay_ratio",),
         lambda job: job.lr_scheduler.decay_type == "inverse_sqrt",
         "decay_type is inverse_sqrt",
@@ -178,9 +173,7 @@ INACTIVE = (
         lambda job: job.comm.trace_buf_size == 0,
         "comm.trace_buf_size is 0: nothing is recorded",
     ),
-    Inactive(
-        ("debug.moe_force_load_balance",), lambda job: job.model.name in DENSE, "the model family has no experts"
-    ),
+    Inactive(("debug.moe_force_load_balance",), lambda job: job.model.name in DENSE, "the model family has no experts"),
     Inactive(
         ("debug.deterministic_warn_only",), lambda job: not job.debug.deterministic, "debug.deterministic is false"
     ),
