@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from components.config.training import DataLoader
 from components.data.rows import Cursor, Row, RowSource, padding_row
 from components.mesh.batch import Batch
 from components.runtime.errors import ConfigError, DataError, EspalierError
+from components.runtime.logging import logger
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ class Loader:
         self._persistent: list[Any] = []  # torch's loader and its iterator, which own the worker processes
         weakref.finalize(self, _end, self._persistent)
         self._pin = dataloader.pin_memory and torch.accelerator.is_available()
+        if dataloader.pin_memory and not self._pin:
+            logger.info("dataloader.pin_memory is ignored: this machine has no accelerator")
 
     @property
     def streams(self) -> int:
@@ -150,11 +153,12 @@ class Loader:
             held.append(self._torch_loader(workers))
             atexit.register(held.clear)
         held[1:] = [iter(held[0])]
+        end = _end  # a generator may outlive its module's names, when the interpreter exits
         try:
             while True:
                 made = [next(held[1], None) for _ in range(workers)]
                 for error in (x for x in made if isinstance(x, EspalierError)):
-                    _end(held)  # its traceback holds this frame, so nothing here may hold the workers
+                    end(held)  # its traceback holds this frame, so nothing here may hold the workers
                     raise error
                 blocks = [x for x in made if isinstance(x, _Block)]
                 if len(blocks) < workers:
@@ -162,7 +166,7 @@ class Loader:
                 yield blocks
         finally:
             if held is not self._persistent:
-                _end(held)
+                end(held)
 
     def _torch_loader(self, workers: int) -> TorchDataLoader[Any]:
         return TorchDataLoader(
@@ -263,10 +267,10 @@ class _WorkerRows(IterableDataset[_Block | EspalierError | None]):
         yield None
 
 
-def _end(held: list[Any]) -> None:
+def _end(held: list[Any], unregister: Callable[[Callable[[], None]], None] = atexit.unregister) -> None:
     """Drop the only references to worker processes, which ends them."""
     held.clear()
-    atexit.unregister(held.clear)
+    unregister(held.clear)
 
 
 def _as_is(item: Any) -> Any:

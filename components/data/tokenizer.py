@@ -73,9 +73,9 @@ def load_tokenizer(path: str) -> Tokenizer:
         raise DataError(
             f"{path}: no tokenizer.json there (there is: {there}); set model.hf_assets_path to a folder that holds one"
         )
-    tokens = _special_tokens(folder)
+    definition, tokens = _read(file), _special_tokens(folder)
     try:
-        return Tokenizer(_read(file), tokens.get("bos_token"), tokens.get("eos_token"))
+        return Tokenizer(definition, tokens.get("bos_token"), tokens.get("eos_token"))
     except DataError as error:
         raise DataError(f"{file}: {error}") from error
 
