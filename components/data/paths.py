@@ -2,12 +2,7 @@
 
 from pathlib import Path
 
-import components
-
-
-def project_root() -> Path:
-    """Folder that holds the four packages (the repository, in a checkout)."""
-    return Path(next(iter(components.__path__))).resolve().parent
+from components.runtime.paths import project_root
 
 
 def roots() -> tuple[Path, ...]:
