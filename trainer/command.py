@@ -48,6 +48,7 @@ def train(argv: list[str], environ: MutableMapping[str, str]) -> int:
         return dry_run(resolved.job, resolved.notes, world_size(resolved, environ))
     from trainer.trainer import Trainer
 
+    freeze_registries()
     trainer = Trainer(resolved, environ)
     trainer.train()
     trainer.close()
@@ -84,6 +85,17 @@ def world_size(resolved: "ResolvedJob", environ: MutableMapping[str, str]) -> in
     if resolved.job.comm.mode == "default":
         return int(environ.get("WORLD_SIZE", "1"))
     return int(environ.get("NGPU") or "1") * int(environ.get("NNODES") or "1")
+
+
+def freeze_registries() -> None:
+    """Start-up is over: what a TOML can name is known."""
+    from components.data.registry import datasets
+    from components.loss.cross_entropy import losses
+    from components.optim.optimizers import optimizers
+    from models.train_spec import families
+
+    for registry in (families, datasets, losses, optimizers):
+        registry.freeze()
 
 
 def report_errors(run: Callable[[], int]) -> int:

@@ -15,20 +15,22 @@ from typing import Any
 from components.config.job_config import JobConfig
 from components.runtime.errors import CheckpointError
 
-_HOW_SECTIONS = {
-    "job",
-    "parallelism",
-    "activation_checkpoint",
-    "compile",
-    "checkpoint",
-    "validation",
-    "metrics",
-    "profiling",
-    "comm",
-    "experimental",
-    "fault_tolerance",
-    "memory_estimation",
-}
+_HOW_SECTIONS = frozenset(
+    {
+        "job",
+        "parallelism",
+        "activation_checkpoint",
+        "compile",
+        "checkpoint",
+        "validation",
+        "metrics",
+        "profiling",
+        "comm",
+        "experimental",
+        "fault_tolerance",
+        "memory_estimation",
+    }
+)
 _HOW_KEYS = (
     "model.print_after_conversion",
     "training.steps",

@@ -82,7 +82,7 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
     ],
 )
 def test_bad_variables(variables: Mapping[str, str], message: str) -> None:
-    done = run(**variables)
+    done = subprocess.run([SCRIPT], env=environment(**variables), capture_output=True, text=True, timeout=100)
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {message}")
     assert done.stdout == ""

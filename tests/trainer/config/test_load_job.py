@@ -154,6 +154,7 @@ class JobConfig:
 
 
 @pytest.mark.parametrize("key", ["job.custom_config_module", "experimental.custom_args_module"])
+@pytest.mark.shows("job.custom_config_module", "experimental.custom_args_module")
 def test_custom_sections(key: str) -> None:
     name = key.replace(".", "_")
     Path(f"{name}.py").write_text(CUSTOM)
