@@ -27,9 +27,17 @@ def main(argv: list[str], environ: MutableMapping[str, str]) -> int:
     if any(argument in ("--help", "-h") for argument in argv):
         from trainer.config.help import help_text
 
-        print(help_text())
+        print_page(help_text())
         return 0
     return report_errors(lambda: train(argv, environ))
+
+
+def print_page(text: str) -> None:
+    """Print a text that may be long; a reader (`head`, `less`) that has seen enough and leaves is no error."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the last flush at exit has a place
 
 
 def train(argv: list[str], environ: MutableMapping[str, str]) -> int:
