@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import torch
-
 from components.config.job_config import JobConfig
 from components.config.training import Data, Training, Validation
 from components.data.documents import DatasetRequest, RandomAccess, Sequential
@@ -15,7 +13,6 @@ from components.data.rows import Ending, RowSource
 from components.data.streamed import Packing, StreamedRows
 from components.data.tokenizer import Tokenizer, load_tokenizer
 from components.runtime.errors import ConfigError
-from components.runtime.logging import logger
 
 
 def build_tokenizer(job: JobConfig) -> Tokenizer:
@@ -42,9 +39,6 @@ def build_loader(
     rows = section.global_batch_size
     rows = section.local_batch_size * data_degree if rows == -1 else rows
     source = _source(job, section, tokenizer, rows, vocab_size)
-    if section.dataloader.pin_memory and not torch.accelerator.is_available():
-        name = "validation" if validation else "training"
-        logger.info("note: %s.dataloader.pin_memory = true: ignored, there is no accelerator to copy to", name)
     return Loader(
         source, global_batch=rows, data_rank=data_rank, data_degree=data_degree, dataloader=section.dataloader
     )

@@ -85,6 +85,8 @@ class Profiler:
         self._profile.start()
 
     def _write_trace(self, done: profile) -> None:
+        if self._in_cycle <= self._config.profile_freq - self._config.profiler_active:
+            return  # the run ended before the first step that would be in it
         path = self._traces / f"iteration_{self._step}" / f"rank{self._rank}_trace.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         done.export_chrome_trace(str(path))

@@ -49,7 +49,10 @@ INACTIVE = (
     Inactive(("model.print_after_conversion",), lambda job: not job.model.converters, "model.converters is empty"),
     Inactive(("checkpoint.",), lambda job: not job.checkpoint.enable, "checkpoint.enable is false"),
     Inactive(
-        tuple(f"checkpoint.{k}" for k in ("interval", "keep_latest_k", "enable_first_step_checkpoint", "last_save_")),
+        tuple(
+            f"checkpoint.{k}"
+            for k in ("interval", "keep_latest_k", "enable_first_step_checkpoint", "last_save_", "export_dtype")
+        ),
         lambda job: job.checkpoint.load_only,
         "checkpoint.load_only saves nothing",
     ),

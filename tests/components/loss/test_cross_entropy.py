@@ -68,6 +68,7 @@ def test_names_without_torch_are_the_registered_ones() -> None:
     assert set(losses) >= set(LOSSES)
 
 
+@pytest.mark.shows("loss.name", "loss.chunk_tokens")
 def test_build() -> None:
     assert build_loss(Loss()) == CrossEntropy()
     assert build_loss(Loss(name="chunked_cross_entropy", chunk_tokens=96)) == ChunkedCrossEntropy(96)

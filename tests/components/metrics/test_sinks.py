@@ -119,6 +119,7 @@ class _Terminal(io.StringIO):
 
 
 @pytest.mark.parametrize(("plain", "variable", "off"), [(False, "", False), (True, "", True), (False, "1", True)])
+@pytest.mark.shows("metrics.disable_color_printing")
 def test_terminal_is_found(plain: bool, variable: str, off: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", _Terminal())
     monkeypatch.setenv("TERM", "xterm")
@@ -198,6 +199,7 @@ def _kinds(sinks: Sinks) -> list[str]:
     return [type(sink).__name__ for sink in sinks.sinks]
 
 
+@pytest.mark.shows("metrics.save_for_all_ranks")
 def test_who_writes_what(tmp_path: Path) -> None:
     first, second = World(0, 0, 2), World(1, 1, 2)
     logger.setLevel(logging.INFO)
@@ -240,6 +242,7 @@ def test_tensorboard_drops_what_is_run_again(tmp_path: Path) -> None:
     assert _read(tmp_path, "loss") == [(1, 1.0), (2, 2.0), (3, 0.5)]
 
 
+@pytest.mark.shows("metrics.enable_wandb")
 def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, Any]] = []
     run = types.SimpleNamespace(

@@ -66,6 +66,7 @@ def _kernels(ours: Optimizers) -> set[tuple[bool, bool]]:
     return {(group["foreach"], group["fused"]) for group in ours._optimizer.param_groups}
 
 
+@pytest.mark.shows("optimizer.implementation")
 def test_implementation() -> None:
     assert _kernels(_build(_model())) == {(False, True)}  # this torch has fused kernels on the CPU
     assert _kernels(_build(_model(), implementation="foreach")) == {(True, False)}

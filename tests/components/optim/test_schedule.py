@@ -13,10 +13,12 @@ def _factors(steps: int, upto: int | None = None, **config: Any) -> list[float]:
     return [factor(step) for step in range(1, (upto or steps) + 1)]
 
 
+@pytest.mark.shows("lr_scheduler.warmup_steps")
 def test_decay_starts_right_after_warm_up_and_ends_one_step_after_the_last() -> None:
     assert _factors(6, 8, warmup_steps=2) == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
 
 
+@pytest.mark.shows("lr_scheduler.decay_ratio")
 def test_stable_phase() -> None:
     assert _factors(10, warmup_steps=2, decay_ratio=0.4) == [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
 
@@ -37,12 +39,14 @@ def test_all_warm_up() -> None:
     assert _factors(4, warmup_steps=4) == [0.25, 0.5, 0.75, 1.0]
 
 
+@pytest.mark.shows("lr_scheduler.decay_type")
 def test_shapes() -> None:
     x = [0.0, 0.25, 0.5, 0.75]
     assert _factors(4, warmup_steps=0, decay_type="sqrt") == [1 - math.sqrt(v) for v in x]
     assert _factors(4, warmup_steps=0, decay_type="cosine") == [0.5 * (1 + math.cos(math.pi * v)) for v in x]
 
 
+@pytest.mark.shows("lr_scheduler.min_lr_factor")
 def test_floor() -> None:
     assert _factors(4, 6, warmup_steps=0, min_lr_factor=0.2) == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2, 0.2], abs=1e-15)
 
@@ -54,6 +58,7 @@ def test_inverse_sqrt() -> None:
     assert _factors(4, 16, warmup_steps=1, decay_type="inverse_sqrt", min_lr_factor=0.3)[15] == 0.3
 
 
+@pytest.mark.shows("lr_scheduler.total_steps")
 def test_total_steps_stands_for_training_steps() -> None:
     assert _factors(2, 5, warmup_steps=0, total_steps=5) == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2], abs=1e-15)
 

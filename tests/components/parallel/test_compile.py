@@ -2,8 +2,10 @@
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
+from torch._dynamo import register_backend
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
@@ -40,7 +42,9 @@ def _compare(kinds: list[ActivationCheckpoint], degrees: Degrees) -> list[tuple[
     for recompute in kinds:
         torch._dynamo.reset()
         counter: Any = CompileCounterWithBackend("aot_eager")
-        compiled, compiled_names = _gradients(recompute, degrees, Compile(enable=True, backend=counter))
+        register_backend(counter, name=f"counter_{len(found)}")
+        config = Compile(enable=True, backend=f"counter_{len(found)}")
+        compiled, compiled_names = _gradients(recompute, degrees, config)
         near = all((compiled[name] - grad).abs().max() < 1e-5 * grad.abs().max() for name, grad in expected.items())
         found.append((counter.frame_count, near and compiled_names == names and not counters["graph_break"]))
     return found
@@ -50,6 +54,7 @@ SECOND = ActivationCheckpoint(mode="selective", selective_ac_option="2")
 BY_OP = ActivationCheckpoint(mode="selective", selective_ac_option="op")
 
 
+@pytest.mark.shows("compile.enable", "compile.backend")
 def test_equal_blocks_share_one_graph() -> None:
     """With and without gradients (evaluation) are two graphs; blocks that are recomputed and others are two kinds."""
     kinds = [NONE, ActivationCheckpoint(mode="full"), SECOND, BY_OP]
@@ -64,6 +69,7 @@ def _loss(logits: Tensor) -> Tensor:
     return logits.float().logsumexp(-1).sum()
 
 
+@pytest.mark.shows("compile.components")
 def test_loss() -> None:
     assert compile_loss(_loss, Compile(enable=False)) is _loss
     assert compile_loss(_loss, Compile(enable=True, components=["model"])) is _loss

@@ -69,6 +69,11 @@ def _recording(forward: Any, calls: list[str], name: str) -> Any:
     ],
     ids=["none", "full", "second", "third", "op", "op-forced"],
 )
+@pytest.mark.shows(
+    "activation_checkpoint.mode",
+    "activation_checkpoint.selective_ac_option",
+    "activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns",
+)
 def test_what_is_recomputed(config: ActivationCheckpoint, matmuls: int, attentions: int, again: str) -> None:
     expected, _, _ = _run(NONE)
     found, ops, calls = _run(config)

@@ -59,6 +59,7 @@ def test_seed_out_of_range(seed: int) -> None:
 
 @pytest.mark.usefixtures("deterministic_state")
 @pytest.mark.parametrize("warn_only", [False, True])
+@pytest.mark.shows("debug.deterministic", "debug.deterministic_warn_only")
 def test_deterministic(warn_only: bool) -> None:
     set_determinism(Debug(seed=0, deterministic=True, deterministic_warn_only=warn_only))
     assert torch.are_deterministic_algorithms_enabled()
@@ -80,6 +81,7 @@ class _Node:
         type(self).alive -= 1
 
 
+@pytest.mark.shows("training.gc_freq")
 def test_collects_only_at_due_steps(caplog: pytest.LogCaptureFixture) -> None:
     collector = GarbageCollector(freq=3)
     try:

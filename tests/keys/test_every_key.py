@@ -1,0 +1,264 @@
+"""No key of a job is accepted and ignored: each is shown by a test, or refused, or a setting of what is refused.
+
+A test shows a key by the marker `shows`: `@pytest.mark.shows("training.seq_len")`, or as a mark of one of its
+parameters. Where a key stands in none of the tables below, a test is missing; where it stands in two, a line is stale.
+"""
+
+import ast
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from components.config.job_config import JobConfig
+from components.config.schema import schema_of
+from tests.trainer.runs import ROOT
+from trainer.config.inactive import inactive
+from trainer.config.load import load_job
+from trainer.config.names import find_model
+from trainer.config.support import UNSUPPORTED
+from trainer.config.validate import validate
+
+KEYS = schema_of(JobConfig).names
+
+ONE_VALUE_OF_MANY = {"activation_checkpoint.mode", "comm.mode"}
+"""Keys that do something, but not with every value yet: shown, and refused with that value."""
+
+TWO_RANKS = {
+    "parallelism.tensor_parallel_degree": "tensor",
+    "parallelism.context_parallel_degree": "context",
+    "parallelism.pipeline_parallel_degree": "pipeline",
+    "parallelism.expert_parallel_degree": "expert",
+}
+"""Degrees that no model has a plan for, and the name of what they are for."""
+
+FLOAT8, MX = "--model.converters=quantize.linear.float8", "--model.converters=quantize.linear.mx"
+FLOAT8_EXPERTS = "--model.converters=quantize.grouped_mm.float8"
+MX_EXPERTS = "--model.converters=quantize.grouped_mm.mx"
+ASYNC_TP = ("--parallelism.enable_async_tensor_parallel", "--parallelism.tensor_parallel_degree=2")
+SAVES = "--checkpoint.enable"
+
+REFUSED = {
+    "model.converters": (
+        (FLOAT8,),
+        '["quantize.linear.float8"]: not yet supported: model converters are not there yet; train without them:'
+        " converters = []",
+    ),
+    "parallelism.enable_async_tensor_parallel": (
+        ASYNC_TP,
+        "true: not yet supported: tensor parallelism does not overlap its communication yet; set it to false",
+    ),
+    "activation_checkpoint.mode": (
+        ("--activation_checkpoint.mode=memory_budget",),
+        '"memory_budget": not yet supported: recompute by memory budget is not there yet; set it to "full",'
+        ' "selective" or "none"',
+    ),
+    "optimizer.early_step_in_backward": (
+        ("--optimizer.early_step_in_backward",),
+        "true: not yet supported: it steps before the global gradient norm is known, so that nothing could be clipped;"
+        " set it to false",
+    ),
+    "fault_tolerance.enable": (
+        ("--fault_tolerance.enable",),
+        "true: not yet supported: replica groups that may fail are not there yet; set it to false and resume from"
+        " checkpoints",
+    ),
+    "memory_estimation.enable": (
+        ("--memory_estimation.enable",),
+        "true: not yet supported: the dry run takes its place: COMM_MODE=fake_backend ./run_train.sh; set it to false",
+    ),
+    "comm.mode": (
+        ("--comm.mode=local_tensor",),
+        '"local_tensor": not yet supported: all ranks in one process is not there yet; "fake_backend" is the dry run,'
+        ' "default" trains',
+    ),
+    "checkpoint.initial_load_in_hf": (
+        (SAVES, "--checkpoint.initial_load_in_hf"),
+        "true: not yet supported: Hugging Face weights cannot be read yet; start from a checkpoint of Espalier's, or"
+        " set it to false",
+    ),
+    "checkpoint.last_save_in_hf": (
+        (SAVES, "--checkpoint.last_save_in_hf"),
+        "true: not yet supported: Hugging Face weights cannot be written yet; set it to false",
+    ),
+    "checkpoint.async_mode": (
+        (SAVES, "--checkpoint.async_mode=async"),
+        '"async": not yet supported: saving in the background is not there yet; set it to "disabled"',
+    ),
+    "checkpoint.create_seed_checkpoint": (
+        (SAVES, "--checkpoint.create_seed_checkpoint"),
+        "true: not yet supported: it is not needed here: initialization does not depend on the layout; set it to false",
+    ),
+}
+"""Key → arguments that make it live, and how it is refused then."""
+
+PIPELINE = ("--parallelism.pipeline_parallel_degree=2",)
+CONTEXT = ("--parallelism.context_parallel_degree=2",)
+BUDGET = ("--activation_checkpoint.mode=memory_budget",)
+FAULTS = ("--fault_tolerance.enable",)
+SETTINGS: dict[str, tuple[tuple[str, ...], str]] = {
+    **{
+        f"quantize.linear.float8.{name}": ((FLOAT8,), "converter quantize.linear.float8 is not listed")
+        for name in (
+            "enable_fsdp_float8_all_gather",
+            "precompute_float8_dynamic_scale_for_fsdp",
+            "recipe_name",
+            "filter_fqns",
+            "emulate",
+        )
+    },
+    **{
+        f"quantize.linear.mx.{name}": ((MX,), "converter quantize.linear.mx is not listed")
+        for name in ("mxfp8_dim1_cast_kernel_choice", "recipe_name", "filter_fqns")
+    },
+    "quantize.grouped_mm.float8.fqns": ((FLOAT8_EXPERTS,), "converter quantize.grouped_mm.float8 is not listed"),
+    "quantize.grouped_mm.mx.recipe_name": ((MX_EXPERTS,), "converter quantize.grouped_mm.mx is not listed"),
+    "quantize.grouped_mm.mx.fqns": ((MX_EXPERTS,), "converter quantize.grouped_mm.mx is not listed"),
+    "model.print_after_conversion": ((FLOAT8,), "model.converters is empty"),
+    "parallelism.disable_loss_parallel": (ASYNC_TP[1:], "parallelism.tensor_parallel_degree is 1"),
+    **{
+        f"parallelism.{name}": (PIPELINE, "parallelism.pipeline_parallel_degree is 1")
+        for name in (
+            "module_fqns_per_model_part",
+            "pipeline_parallel_first_stage_less_layers",
+            "pipeline_parallel_last_stage_less_layers",
+            "pipeline_parallel_layers_per_stage",
+            "pipeline_parallel_schedule",
+            "pipeline_parallel_schedule_csv",
+            "pipeline_parallel_microbatch_size",
+            "pipeline_parallel_expert_parallel_overlap",
+        )
+    },
+    **{
+        f"parallelism.{name}": (CONTEXT, "parallelism.context_parallel_degree is 1")
+        for name in ("context_parallel_load_balancer", "context_parallel_rotate_method")
+    },
+    "parallelism.expert_parallel_comm_backend": (
+        ("--parallelism.expert_parallel_degree=2",),
+        "parallelism.expert_parallel_degree is 1",
+    ),
+    **{
+        f"activation_checkpoint.{name}": (BUDGET, "mode is not memory_budget")
+        for name in ("memory_budget", "visualize_memory_budget_pareto")
+    },
+    "checkpoint.enable_ft_dataloader_checkpoints": ((SAVES, *FAULTS), "checkpoint.enable is false"),
+    "checkpoint.initial_load_in_hf_quantized": (
+        (SAVES, "--checkpoint.initial_load_in_hf"),
+        "checkpoint.enable is false",
+    ),
+    **{
+        f"fault_tolerance.{name}": (FAULTS, "fault_tolerance.enable is false")
+        for name in (
+            "process_group",
+            "process_group_timeout_ms",
+            "replica_id",
+            "group_size",
+            "min_replica_size",
+            "semi_sync_method",
+            "sync_steps",
+            "should_quantize",
+            "fragment_sync_delay",
+            "fragment_update_alpha",
+            "module_fqns_per_model_fragment",
+            "num_fragments",
+        )
+    },
+    "memory_estimation.disable_fake_mode": (("--memory_estimation.enable",), "memory_estimation.enable is false"),
+    "debug.moe_force_load_balance": (("--model.name=deepseek_v3",), "the model family has no experts"),
+}
+"""Key → arguments that switch on what it is a setting of, and why it is inactive without them."""
+
+NEVER = {
+    "training.dataloader.persistent_workers": "training is one pass from the first step to the last, epochs included"
+}
+"""Keys that TorchTitan's files may set and that can do nothing here, and what is said of them."""
+
+
+def claims(path: Path) -> list[str]:
+    """The keys that a test file's `shows` marks name. All must be written out."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    marks = [call for call in calls if ast.unparse(call.func) in ("shows", "pytest.mark.shows")]
+    return [ast.literal_eval(argument) for mark in marks for argument in mark.args]
+
+
+def shown() -> dict[str, str]:
+    """Every key that a test claims to show → one of the files that do."""
+    return {key: str(path.relative_to(ROOT)) for path in ROOT.glob("tests/**/test_*.py") for key in claims(path)}
+
+
+def problems(arguments: tuple[str, ...], ranks: int = 1) -> list[str]:
+    job = load_job(arguments, {}).job
+    args, found = find_model(job)
+    return found + validate(job, ranks, args)
+
+
+def test_every_key_is_in_one_place() -> None:
+    degrees = {*TWO_RANKS, "parallelism.expert_tensor_parallel_degree"}
+    places = Counter([*shown(), *({*REFUSED} - ONE_VALUE_OF_MANY), *degrees, *SETTINGS, *NEVER])
+    assert sorted(KEYS - {*places}) == [], "no test shows what these do: mark one with @pytest.mark.shows"
+    assert {key: shown().get(key) for key in {*places} - KEYS} == {}, "these are no keys"
+    assert {key: shown().get(key) for key, count in places.items() if count > 1} == {}, "these are in two places"
+    assert {*shown()} >= ONE_VALUE_OF_MANY
+
+
+def test_every_refusal_is_tested() -> None:
+    assert sorted(REFUSED) == sorted(entry.key for entry in UNSUPPORTED)
+    assert all(not entry.live(JobConfig()) for entry in UNSUPPORTED)
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_what_is_not_there_is_refused(key: str) -> None:
+    arguments, message = REFUSED[key]
+    assert f"{key} = {message}" in problems(arguments, 2 if arguments == ASYNC_TP else 1)
+    assert problems(()) == []
+
+
+@pytest.mark.parametrize("key", TWO_RANKS)
+def test_degrees_without_a_plan_are_refused(key: str) -> None:
+    expected = f"llama3 has no plan for {TWO_RANKS[key]} parallelism yet: {key} = 2; set it to 1"
+    assert problems((f"--{key}=2",), 2) == [expected]
+    assert problems((), 2) == []
+
+
+def test_expert_tensor_degree_is_refused() -> None:
+    key = "parallelism.expert_tensor_parallel_degree"
+    assert problems((f"--{key}=2", "--parallelism.tensor_parallel_degree=2"), 2)[1:] == [
+        f"llama3 has no plan for expert-tensor parallelism yet: {key} = 2; set it to 1"
+    ]
+    assert problems((f"--{key}=2",), 2) == [
+        f"parallelism: `{key}` = 2 is neither 1 nor the tensor-parallel degree 1: set it to 1",
+        f"llama3 has no plan for expert-tensor parallelism yet: {key} = 2; set it to 1",
+    ]
+
+
+@pytest.mark.parametrize("key", SETTINGS)
+def test_settings_of_what_is_not_there_are_inactive_or_refused_with_it(key: str) -> None:
+    arguments, why = SETTINGS[key]
+    assert inactive(JobConfig(), key) == why
+    assert inactive(load_job(arguments, {}).job, key) is None
+    assert problems(arguments, 2) != []
+
+
+@pytest.mark.parametrize("key", NEVER)
+def test_what_can_do_nothing_is_said(key: str) -> None:
+    assert inactive(JobConfig(), key) == NEVER[key]
+
+
+SYNTHETIC = 'training.dataset is "synthetic", whose rows are drawn by their number, without end'
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key", "why"),
+    [
+        (("--training.dataset=synthetic",), "data.streams", SYNTHETIC),
+        (("--training.dataset=synthetic",), "data.shuffle_window", SYNTHETIC),
+        (("--training.dataset=synthetic",), "data.document_mask", None),
+        (("--training.gc_debug",), "training.gc_freq", "training.gc_debug collects at every step"),
+        (("--comm.trace_buf_size=0",), "comm.save_traces_folder", "comm.trace_buf_size is 0: nothing is recorded"),
+        ((SAVES, "--checkpoint.load_only"), "checkpoint.last_save_model_only", "checkpoint.load_only saves nothing"),
+        ((SAVES, "--checkpoint.load_only"), "checkpoint.exclude_from_loading", None),
+        (("--parallelism.data_parallel_shard_degree=1",), "parallelism.fsdp_reshard_after_forward", None),
+    ],
+)
+def test_keys_that_others_make_idle(arguments: tuple[str, ...], key: str, why: str | None) -> None:
+    assert inactive(load_job(arguments, {}).job, key) == why
