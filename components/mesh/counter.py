@@ -137,8 +137,8 @@ def global_indices(param: Tensor, chunk: int | None = None) -> Iterator[tuple[in
         Offset of the chunk in the flattened local shard, and the flat indices of its elements in the flattened whole
         parameter (int64, on the parameter's device).
     """
-    dims = local_dims(param)
-    sizes = [len(dim) for dim in dims]
+    dims = local_dims(param) if isinstance(param, DTensor) else []  # a plain tensor is one range: no table of it
+    sizes = [len(dim) for dim in dims] if dims else list(param.shape)
     total = math.prod(sizes)
     chunk = chunk or (_CPU_CHUNK if param.device.type == "cpu" else _DEVICE_CHUNK)
     first = _first_of_contiguous(dims, param.shape)
