@@ -59,6 +59,11 @@ def makers(file: Path) -> Counter[str]:
     return Counter(file.read_text().split())
 
 
+def surroundings() -> dict[str, str]:
+    """The environment of a job: on the CPU, also where there is an accelerator."""
+    return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "ESPALIER_DEVICE": "cpu"}
+
+
 def in_turn(jobs: list[list[str]], environ: dict[str, str]) -> list[Outcome]:
     """Run jobs one after the other in this process."""
     gc.freeze()
@@ -75,6 +80,5 @@ def run_jobs(folder: Path, jobs: Mapping[str, tuple[str, ...]], ranks: int = 1, 
         [*SMALL, f"--job.dump_folder={folder}/{name}", *(argument.replace("{folder}", str(folder)) for argument in job)]
         for name, job in jobs.items()
     ]
-    master = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    outcomes, *_ = run_ranks(ranks, in_turn, argvs, {**master, **environ}, backend=None, timeout=300)
+    outcomes, *_ = run_ranks(ranks, in_turn, argvs, surroundings() | environ, backend=None, timeout=300)
     return {name: Done(outcome, folder / name) for name, outcome in zip(jobs, outcomes, strict=True)}

@@ -16,9 +16,9 @@ from components.config.parallelism import Comm
 from components.metrics.profiler import Profiler
 from components.runtime import distributed
 from components.runtime.world import World
-from tests.keys.jobs import SMALL, Done, run_jobs
+from tests.keys.jobs import SMALL, Done, run_jobs, surroundings
 from tests.ranks import run_ranks
-from tests.trainer.runs import ROOT, free_port
+from tests.trainer.runs import ROOT
 from trainer.trainer import Trainer
 
 shows = pytest.mark.shows
@@ -209,14 +209,13 @@ def timeouts(argv: list[str], environ: dict[str, str]) -> list[list[float]]:
 
 @shows("comm.init_timeout_seconds", "comm.train_timeout_seconds")
 def test_timeouts(tmp_path: Path) -> None:
-    environ = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     argv = [
         *SMALL,
         f"--job.dump_folder={tmp_path}",
         "--comm.init_timeout_seconds=77",
         "--comm.train_timeout_seconds=33",
     ]
-    assert run_ranks(2, timeouts, argv, environ, backend=None) == [[[77.0], [33.0]]] * 2
+    assert run_ranks(2, timeouts, argv, surroundings(), backend=None) == [[[77.0], [33.0]]] * 2
 
 
 @shows("comm.trace_buf_size", "comm.save_traces_folder", "comm.save_traces_file_prefix")
