@@ -122,3 +122,15 @@ def _partial_and_group() -> tuple[float, float]:
 
 def test_summands_and_stages() -> None:
     assert run_ranks(2, _partial_and_group) == [(5.0, 5.0), (5.0, 5.0)]
+
+
+def test_the_norm_of_large_gradients_is_accurate_however_they_are_cut() -> None:
+    """fp32 sums over millions of elements drift by their length, and so by the layout: a shard is shorter."""
+    whole = torch.full((4096, 1024), 0.1)
+    whole[0, 0] = 30.0
+    exact = whole.double().norm().item()
+    for pieces in (1, 2, 4):
+        parameters = [nn.Parameter(torch.empty_like(piece)) for piece in whole.chunk(pieces)]
+        for parameter, piece in zip(parameters, whole.chunk(pieces), strict=True):
+            parameter.grad = piece
+        assert gradient_norm(parameters).item() == pytest.approx(exact, rel=1e-6)
