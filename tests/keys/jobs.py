@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.ranks import run_ranks
-from tests.trainer.runs import TINY, Outcome, call, free_port, records
+from tests.trainer.runs import TINY, Outcome, call, meeting_point, records
 
 SMALL = (
     *TINY,
@@ -61,7 +61,7 @@ def makers(file: Path) -> Counter[str]:
 
 def surroundings() -> dict[str, str]:
     """The environment of a job: on the CPU, also where there is an accelerator."""
-    return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "ESPALIER_DEVICE": "cpu"}
+    return {**meeting_point(), "ESPALIER_DEVICE": "cpu"}
 
 
 def in_turn(jobs: list[list[str]], environ: dict[str, str]) -> list[Outcome]:

@@ -5,7 +5,6 @@ import io
 import json
 import os
 import socket
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,9 +56,15 @@ def call(argv: list[str], environ: dict[str, str]) -> Outcome:
     return Outcome(code, out.getvalue(), err.getvalue())
 
 
+def meeting_point() -> dict[str, str]:
+    """Variables for ranks that make their own process group; on the CPU unless ESPALIER_DEVICE says otherwise."""
+    device = os.environ.get("ESPALIER_DEVICE", "cpu")
+    return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "ESPALIER_DEVICE": device}
+
+
 def launch(ranks: int, folder: Path, *arguments: str, timeout: float = 120) -> list[Outcome]:
     """Run the tiny job on that many ranks, with these arguments on top."""
-    environ = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environ = meeting_point()
     argv = [*TINY, f"--job.dump_folder={folder}", *arguments]
     return run_ranks(ranks, call, argv, environ, backend=None, timeout=timeout)
 
@@ -80,8 +85,3 @@ def records(folder: Path) -> list[dict[str, Any]]:
 def facts(record: dict[str, Any]) -> dict[str, float]:
     """What must not depend on the layout."""
     return {key: record[key] for key in ("loss", "max_loss", "grad_norm", "tokens")}
-
-
-def on_ranks(ranks: int, fn: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
-    """Call `fn(port, *args)` on ranks that make their own process group."""
-    return run_ranks(ranks, fn, free_port(), *args, backend=None, timeout=timeout)

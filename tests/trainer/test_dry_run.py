@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from models.train_spec import get_args
 from tests.ranks import run_ranks
-from tests.trainer.runs import ROOT, TINY, Outcome, call, free_port
+from tests.trainer.runs import ROOT, TINY, Outcome, call, meeting_point
 
 NO_DATA = ("--comm.mode=fake_backend", "--training.dataset_path=/nowhere", "--model.hf_assets_path=/nowhere")
 
@@ -62,7 +62,7 @@ def really_held(argv: list[str], environ: dict[str, str]) -> dict[str, tuple[int
 def test_it_counts_what_a_real_run_holds(arguments: tuple[str, ...], tmp_path: Path) -> None:
     exact = (*TINY, "--training.mixed_precision_param=float32", *arguments)
     counted = held(dry_run(4, *exact))
-    environ = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environ = meeting_point()
     real = run_ranks(4, really_held, [*exact, f"--job.dump_folder={tmp_path}"], environ, backend=None)
     assert {kind: counted[kind] for kind in real[0]} == real[0]
     assert real[0]["parameters"][0] >= max(rank["parameters"][0] for rank in real)  # rank 0 is the fullest

@@ -25,7 +25,8 @@ def environment(**variables: str) -> dict[str, str]:
     """This interpreter as the active environment, and nothing of the outer job's."""
     kept = {key: value for key, value in os.environ.items() if key not in ("CONFIG_FILE", "NGPU", "COMM_MODE")}
     path = f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"
-    return {**kept, "PATH": path, "VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1", **variables}
+    usual = {"PATH": path, "VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1", "ESPALIER_DEVICE": "cpu"}
+    return {**kept, **usual, **variables}
 
 
 def run(*arguments: str, cwd: Path = ROOT, script: Path = SCRIPT, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from tests.ranks import run_ranks
-from tests.trainer.runs import TINY, facts, free_port, train
+from tests.trainer.runs import TINY, facts, meeting_point, train
 
 STEPS = 10
 SHARD, REPLICATE = "--parallelism.data_parallel_shard_degree", "--parallelism.data_parallel_replicate_degree"
@@ -102,7 +102,7 @@ def test_every_gradient_and_every_update_is_the_same(
     ranks: int, arguments: tuple[str, ...], flavor: str, tmp_path: Path
 ) -> None:
     common = [*TINY, f"--model.flavor={flavor}", "--data.document_mask"]
-    environ = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environ = meeting_point()
     alone = [*common, "--training.local_batch_size=12", f"--job.dump_folder={tmp_path}/a"]
     together = [*common, *arguments, f"--job.dump_folder={tmp_path}/b"]
     (want, final), *_ = run_ranks(1, gradients, alone, environ, backend=None)
