@@ -6,14 +6,13 @@ job until somebody says otherwise. A single hash was rejected: it could not say 
 """
 
 import json
-import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from importlib import metadata
 from typing import Any
 
 from components.config.job_config import JobConfig
 from components.runtime.errors import CheckpointError
+from components.runtime.provenance import versions
 
 _HOW_SECTIONS = frozenset(
     {
@@ -61,13 +60,8 @@ class JobIdentity:
     """The resolved TOML."""
     revision: str | None = None
     """Git revision of the code, if known."""
-    versions: dict[str, str] = field(default_factory=lambda: versions())
+    versions: dict[str, str] = field(default_factory=versions)
     """Versions of python, torch and espalier."""
-
-
-def versions() -> dict[str, str]:
-    """Versions of python, torch and espalier, without importing them."""
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in ("torch", "espalier")}}
 
 
 def fingerprint_of(job: JobConfig, resolved: Mapping[str, Any]) -> dict[str, Any]:
