@@ -7,6 +7,6 @@ from trainer.guard import guard_rooms
 
 if __name__ == "__main__":
     guard_rooms()
-    from trainer.command import main
+    from trainer.command import leave, main
 
-    sys.exit(main(sys.argv[1:], os.environ))
+    leave(main(sys.argv[1:], os.environ))

@@ -9,10 +9,12 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, MutableMapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from components.runtime.errors import ConfigError, EspalierError
+from components.runtime.world import World
 
 if TYPE_CHECKING:
     from trainer.config.load import ResolvedJob
@@ -48,7 +50,7 @@ def train(argv: list[str], environ: MutableMapping[str, str]) -> int:
     resolved = load_job(argv, environ)
     import_custom(resolved.job.experimental.custom_import)
     validate_job(resolved, world_size(resolved, environ))
-    if resolved.job.job.print_config:
+    if resolved.job.job.print_config and World.from_environ(environ).rank == 0:
         print(print_config(resolved))
     if resolved.job.comm.mode == "fake_backend":
         from trainer.dry_run import dry_run
@@ -91,7 +93,7 @@ def validate_job(resolved: "ResolvedJob", ranks: int) -> None:
 def world_size(resolved: "ResolvedJob", environ: MutableMapping[str, str]) -> int:
     """Ranks of the job: those that torchrun started, or in a dry run those that NGPU and NNODES pretend."""
     if resolved.job.comm.mode == "default":
-        return int(environ.get("WORLD_SIZE", "1"))
+        return World.from_environ(environ).size
     return int(environ.get("NGPU") or "1") * int(environ.get("NNODES") or "1")
 
 
@@ -106,16 +108,38 @@ def freeze_registries() -> None:
         registry.freeze()
 
 
+def leave(code: int) -> NoReturn:
+    """End this process. One of several ranks ends without Python's finalization, which is a trap for them.
+
+    Gloo's threads may still want the interpreter to let go of what they sent last, and a thread that asks for it during
+    finalization takes the process down with SIGABRT, after all work is done. A rank that failed would wait there for
+    peers that no longer answer.
+    """
+    if int(os.environ.get("WORLD_SIZE") or "1") > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 def report_errors(run: Callable[[], int]) -> int:
-    """Run, and turn an error that was raised on purpose into a message and its exit code."""
+    """Run, and turn an error that was raised on purpose into a message and its exit code.
+
+    Anything else is a defect of ours, or what a rank meets when another has failed; it keeps its traceback.
+    """
     try:
         return run()
     except EspalierError as error:
-        say(describe(error), os.environ)
+        say(describe(error), os.environ, on_purpose=True)
         return int(error.exit_code)
     except KeyboardInterrupt:
-        say("interrupted", os.environ)
+        say("interrupted", os.environ, on_purpose=True)
         return 130
+    except Exception:
+        if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+            raise
+        say(traceback.format_exc(), os.environ, on_purpose=False)
+        return 1
 
 
 def describe(error: EspalierError) -> str:
@@ -126,10 +150,11 @@ def describe(error: EspalierError) -> str:
     return "\n  ".join([f"{len(problems)} problems in the configuration", *problems])
 
 
-def say(message: str, environ: MutableMapping[str, str]) -> None:
-    """Print an error; a worker of torchrun hands it to the agent instead, which prints one of them once."""
+def say(message: str, environ: MutableMapping[str, str], on_purpose: bool) -> None:
+    """Print an error; a worker of torchrun hands it to the launcher instead, which prints the one that matters."""
     if path := environ.get("TORCHELASTIC_ERROR_FILE"):
+        now = time.time()
         with open(path, "w", encoding="utf-8") as file:
-            json.dump({"message": message, "timestamp": int(time.time())}, file)
+            json.dump({"message": message, "timestamp": int(now), "at": now, "on_purpose": on_purpose}, file)
     else:
         print(f"error: {message}", file=sys.stderr)

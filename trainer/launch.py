@@ -9,8 +9,12 @@ import os
 import sys
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from trainer.guard import guard_rooms
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 
 def visible_accelerators() -> int:
@@ -48,10 +52,14 @@ def torchrun_arguments(environ: Mapping[str, str], processes: int, nodes: int) -
 
 
 def run_workers(argv: list[str], environ: MutableMapping[str, str], processes: int, nodes: int) -> int:
-    """Start the workers of this machine, wait for them, and return the exit code of the first that failed, else 0."""
+    """Start the workers of this machine, wait for them, and return the exit code of the first that failed, else 0.
+
+    A signal ends the workers, and gives 128 plus its number.
+    """
     import logging
 
     from torch.distributed import DistError
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
     from torch.distributed.run import config_from_args, parse_args
@@ -64,14 +72,30 @@ def run_workers(argv: list[str], environ: MutableMapping[str, str], processes: i
     try:
         elastic_launch(config, command)(*arguments)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        message = failure.message if failure.error_file_data or failure.exitcode < 0 else "failed; its output is above"
-        print(f"error: [rank {rank}] {message}", file=sys.stderr)
-        return failure.exitcode if failure.exitcode > 0 else 1
+        rank, failure = min(error.failures.items(), key=lambda item: urgency(item[1].error_file_data))
+        print(f"error: [rank {rank}] {told(failure)}", file=sys.stderr)
+        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    except SignalException as error:
+        print(f"error: stopped by {error.sigval.name}", file=sys.stderr)
+        return 128 + error.sigval
     except DistError:
         print(f"error: {rendezvous_problem(environ)}", file=sys.stderr)
         return 2
     return 0
+
+
+def urgency(data: Mapping[str, Any]) -> tuple[bool, float]:
+    """Order of failures: what a worker said on purpose, then defects; the earliest first.
+
+    When one rank fails, the others find their collectives broken and fail too, often within the same second.
+    """
+    return not data.get("on_purpose", False), data.get("at", 0.0)
+
+
+def told(failure: "ProcessFailure") -> str:
+    """What a worker left in its error file, or how it died."""
+    said = failure.error_file_data.get("at") is not None
+    return failure.message if said or failure.exitcode < 0 else "failed; its output is above"
 
 
 def rendezvous_problem(environ: Mapping[str, str]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from components.checkpoint.fingerprint import JobIdentity
 from components.checkpoint.manifest import Manifest
 from components.checkpoint.state import ALL_BUT_MODEL, check_exclude, model_tensors, optimizer_tensors
 from components.config.job_config import JobConfig
+from components.runtime.errors import ConfigError
 from components.runtime.logging import logger
 
 if TYPE_CHECKING:
@@ -94,9 +95,9 @@ class Persistence:
         return Source(path, self.store.read_manifest(path), model_only=self.config.initial_load_model_only)
 
     @property
-    def saved_fingerprint(self) -> dict[str, Any]:
-        """Fingerprint of the job that will be resumed; empty for a new one."""
-        return {} if self.source is None or self.source.model_only else self.source.manifest.fingerprint
+    def saved_sizes(self) -> dict[str, int]:
+        """Sizes that the job which will be resumed had derived (`settle.sizes`); empty for a new one."""
+        return {} if self.source is None or self.source.model_only else self.source.manifest.layout["sizes"]
 
     def load(self, parts: Parts, identity: JobIdentity) -> Progress:
         """Bring the parts to where the source left them, in place. Returns how far that was; a new job is at step 0.
@@ -106,12 +107,20 @@ class Persistence:
         source = self.source
         if source is None:
             return Progress()
+        if isinstance(source.step, int) and "train_state" in self.config.exclude_from_loading:
+            raise ConfigError(
+                "checkpoint.exclude_from_loading = 'train_state': steps would count from 0 in a folder that holds"
+                f" step-{source.step}; start from it with checkpoint.initial_load_path in a new job.dump_folder"
+            )
         exclude = {*self.config.exclude_from_loading, *(ALL_BUT_MODEL if source.model_only else ())}
         own = isinstance(source.step, int)
         state = self.store.load(
             source.step, parts.tensors(), job=identity if own else None, exclude=exclude, cast=source.model_only
         )
-        self.saved_step = source.step if isinstance(source.step, int) else -1
+        if isinstance(source.step, int):
+            self.saved_step = source.step
+            if not self.config.load_only:
+                self.store.supersede(source.step)
         logger.info("loaded %s%s", source.describe(), f", all but {', '.join(sorted(exclude))}" if exclude else "")
         progress = Progress(**state.get("train_state", {}))
         progress.schedule_start = state["lr_scheduler"]["start"] if "lr_scheduler" in state else progress.step

@@ -5,7 +5,6 @@ What follows the data-parallel degree is a fact of the first run: a resume keeps
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from components.config.job_config import JobConfig
 from components.runtime.errors import ConfigError
@@ -15,41 +14,42 @@ STREAMS = "data.streams"
 VALIDATION_BATCH = "validation.global_batch_size"
 
 
-def settle(job: JobConfig, degree: int, saved: Mapping[str, Any]) -> tuple[JobConfig, list[str]]:
-    """The job with its derived sizes, and a note for each.
+def settle(job: JobConfig, degree: int, saved: Mapping[str, int]) -> tuple[JobConfig, list[str]]:
+    """The job with its derived sizes, and a note for each that follows the layout.
 
-    `degree` is the data-parallel degree, `saved` the fingerprint of the checkpoint that will be resumed (empty: none).
-    Raises ConfigError if a saved global batch does not fit this layout.
+    `degree` is the data-parallel degree, `saved` holds the sizes of the checkpoint that will be resumed (empty: none).
+    Raises ConfigError for a size that was saved and does not fit this layout.
     """
-    notes: list[str] = []
-    batch = job.training.global_batch_size
-    if batch == -1:
-        batch = saved.get(BATCH, job.training.local_batch_size * degree)
-        notes.append(batch_note(job, batch, degree, BATCH in saved))
-    if batch % (job.training.local_batch_size * degree):
-        raise ConfigError(
-            f"{BATCH} = {batch}, as saved, is no multiple of local_batch_size {job.training.local_batch_size} ×"
-            f" {degree} data-parallel ranks: choose a training.local_batch_size that divides {batch / degree:g}"
-        )
+    training, validation = job.training, job.validation
+    batch, notes = rows(BATCH, training.global_batch_size, training.local_batch_size, degree, saved)
     streams = job.data.streams if job.data.streams > 0 else saved.get(STREAMS, batch)
-    validation = job.validation.global_batch_size
-    if validation == -1:
-        validation = job.validation.local_batch_size * degree
-    settled = replace(
-        job,
-        training=replace(job.training, global_batch_size=batch),
-        data=replace(job.data, streams=streams),
-        validation=replace(job.validation, global_batch_size=validation),
-    )
-    return settled, notes
+    if validation.enable:
+        local = validation.local_batch_size
+        held_out, more = rows(VALIDATION_BATCH, validation.global_batch_size, local, degree, saved)
+        validation, notes = replace(validation, global_batch_size=held_out), notes + more
+    training, data = replace(training, global_batch_size=batch), replace(job.data, streams=streams)
+    return replace(job, training=training, data=data, validation=validation), notes
 
 
-def batch_note(job: JobConfig, batch: int, degree: int, was_saved: bool) -> str:
-    """Where a derived global batch came from."""
-    if was_saved:
-        return f"{BATCH} = -1: {batch} rows, kept from the checkpoint"
-    local = job.training.local_batch_size
-    return (
-        f"{BATCH} = -1: {batch} rows ({local} local × {degree} data-parallel); it follows the layout:"
-        f" set it to {batch} for the same results on any"
-    )
+def sizes(job: JobConfig) -> dict[str, int]:
+    """What a settled job saves, for `settle` to keep."""
+    found = {BATCH: job.training.global_batch_size, STREAMS: job.data.streams}
+    return found | ({VALIDATION_BATCH: job.validation.global_batch_size} if job.validation.enable else {})
+
+
+def rows(key: str, given: int, local: int, degree: int, saved: Mapping[str, int]) -> tuple[int, list[str]]:
+    """The rows of a global batch, and a note if they were derived."""
+    if given != -1:
+        return given, []
+    if key not in saved:
+        derived = local * degree
+        note = f"{derived} rows ({local} local × {degree} data-parallel); it follows the layout"
+        return derived, [f"{key} = -1: {note}: set it to {derived} for the same results on any"]
+    kept = saved[key]
+    if kept % (local * degree):
+        section = key.partition(".")[0]
+        raise ConfigError(
+            f"{key} = {kept}, as saved, is no multiple of local_batch_size {local} × {degree} data-parallel ranks:"
+            f" choose a {section}.local_batch_size that divides {kept / degree:g}"
+        )
+    return kept, [f"{key} = -1: {kept} rows, kept from the checkpoint"]

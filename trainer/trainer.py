@@ -6,7 +6,8 @@ the loop."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Generator, Iterator, MutableMapping
+from contextlib import closing
 from dataclasses import asdict
 from typing import TYPE_CHECKING, cast
 
@@ -38,7 +39,7 @@ from trainer.build import DTYPES, Model, build_model
 from trainer.config.output import to_toml
 from trainer.persistence import Parts, Persistence
 from trainer.report import describe_job, save_run
-from trainer.settle import settle
+from trainer.settle import settle, sizes
 from trainer.validator import Validator
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class Trainer:
         self.spec = families[job.model.name].load()
         self.args = get_args(job.model.name, job.model.flavor)
         self.persistence = Persistence(job)
-        self.job, notes = settle(job, self.dims.data_degree, self.persistence.saved_fingerprint)
+        self.job, notes = settle(job, self.dims.data_degree, self.persistence.saved_sizes)
         self.identity = self.identify(resolved)
         # what it reads
         self.tokenizer = self.spec.build_tokenizer_fn(self.job)
@@ -103,7 +104,8 @@ class Trainer:
             "training.mixed_precision_param": str(self.dtype).removeprefix("torch."),
             "debug.seed": self.seed,
         }
-        layout = {**asdict(self.dims.degrees), "local_batch_size": self.job.training.local_batch_size}
+        local = self.job.training.local_batch_size
+        layout = {**asdict(self.dims.degrees), "local_batch_size": local, "sizes": sizes(self.job)}
         return JobIdentity(fingerprint_of(self.job, derived), layout, to_toml(resolved.job), git_revision())
 
     def build_loader(self, validation: bool = False) -> Loader:
@@ -129,50 +131,63 @@ class Trainer:
 
     def train(self) -> None:
         """Train to `training.steps`, or to the end of the data. Raises NonFiniteError, DataError, CheckpointError."""
-        steps = self.job.training.steps
-        if self.progress.step >= steps:
-            logger.info("nothing to do: step %d of training.steps = %d is done", self.progress.step, steps)
+        steps, start = self.job.training.steps, self.progress.step
+        if start >= steps:
+            logger.info("nothing to do: step %d of training.steps = %d is done", start, steps)
             return
-        rows = None
-        with self.profiler:
+        with self.profiler, closing(self.steps()) as source:
             self.meter.start()
-            for rows in self.steps():
+            for rows, is_last in source:
                 self.progress.step += 1
                 values = self.train_step(rows)
-                self.finish_step(values, rows, last=self.progress.step == steps)
-                if self.progress.step == steps:
-                    return
-        if rows is None:
+                last = is_last or self.progress.step == steps
+                self.finish_step(values, rows, last)
+                if last:
+                    break
+        if self.progress.step < steps:
+            self.explain_end(start)
+
+    def steps(self) -> Generator[tuple[StepRows, bool], None, None]:
+        """This rank's rows, step by step, and whether they are the last. The time spent waiting for them is counted.
+
+        Only data that can end are looked at one step ahead.
+        """
+        with closing(self.loader.steps(self.dims.group("batch"), self.device)) as source:
+            ends = self.job.data.on_end == "stop"
+            ahead = self.next_rows(source) if ends else None
+            while rows := ahead if ends else self.next_rows(source):
+                ahead = self.next_rows(source) if ends else None
+                yield rows, ends and ahead is None
+
+    def next_rows(self, source: Iterator[StepRows]) -> StepRows | None:
+        """The next step's rows; None at the end of the data."""
+        with self.meter.waiting():
+            return next(source, None)
+
+    def explain_end(self, start: int) -> None:
+        """Say that the data ended early. Raises DataError if a new job could not do a single step."""
+        step = self.progress.step
+        if not step:
             raise DataError(
                 f"the data end before a global batch of {self.job.training.global_batch_size} rows is full:"
                 ' lower training.global_batch_size, or go around again with data.on_end = "repeat"'
             )
-        logger.warning("the data ended after step %d of %d", self.progress.step, steps)
-        self.save(rows, last=True)
-
-    def steps(self) -> Iterator[StepRows]:
-        """This rank's rows, step by step; the time spent waiting for them is counted."""
-        source = self.loader.steps(self.dims.group("batch"), self.device)
-        while True:
-            with self.meter.waiting():
-                rows = next(source, None)
-            if rows is None:
-                return
-            yield rows
+        nothing = "nothing to do: " if step == start else ""
+        logger.info("%sthe data ended after step %d of %d", nothing, step, self.job.training.steps)
 
     def train_step(self, rows: StepRows) -> StepValues:
         """One optimizer step: gradients of the global batch's mean loss, clipped, applied if finite."""
         local, valid = self.accumulate(rows.batch.to(self.device))
         total = reduce_step(local.sums.sum(), local.counts.sum(), largest_row_mean(local), self.dims.group("loss"))
-        norm = gradient_norm(self.parameters)
+        norm = gradient_norm(self.parameters).to(self.device)  # offloaded gradients have theirs on the host
         facts = torch.stack([total.loss_sum / valid, total.max_loss, norm, total.count])  # float64, exact for counts
         loss, max_loss, grad_norm, count = facts.tolist()
+        self.schedule.apply(self.progress.step - self.progress.schedule_start)
         if self.accept(loss, grad_norm, local.sums):
-            self.schedule.apply(self.progress.step - self.progress.schedule_start)
             scale_gradients(self.parameters, norm, self.job.training.max_norm)
             self.optimizers.step()
         self.optimizers.zero_grad()
-        self.meter.add(int(count))
+        self.meter.add(int(count), computed=rows.batch.labels.numel() * self.dims.data_degree)
         self.progress.tokens = self.meter.tokens
         return StepValues(loss, max_loss, grad_norm)
 

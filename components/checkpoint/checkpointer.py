@@ -98,6 +98,20 @@ class Checkpointer:
                 logging.WARNING, f"removed {len(removed)} unfinished checkpoints of killed runs: {', '.join(removed)}"
             )
 
+    def supersede(self, step: int) -> None:
+        """Before a run goes on from `step`: rename later checkpoints, which are of another course of the same job.
+
+        Else the folder would mix two courses, and a later resume would take the wrong one. They stay, for whoever
+        wants them back. Collective.
+        """
+        what = f"cannot go on from step-{step} in '{self.root}'"
+        later = [n for n in self._ranks.on_first(self._verifier.finished, what) if n > step]
+        for n in later:
+            aside = self._ranks.on_first(lambda n=n: storage.set_aside(self._verifier.folder(n), "superseded"), what)
+            self._log(
+                logging.WARNING, f"going on from step-{step}: step-{n} is of an earlier course, now '{aside.name}'"
+            )
+
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], job: JobIdentity) -> Path:
         """Save everything that a resume needs; the checkpoint's folder.
 
@@ -177,7 +191,7 @@ class Checkpointer:
         if not self._ranks.on_first(lambda: folder.is_symlink() or folder.exists(), what):
             return False
         if problems := self.verify(step):
-            aside = self._ranks.on_first(lambda: storage.set_aside(folder), what)
+            aside = self._ranks.on_first(lambda: storage.set_aside(folder, "broken"), what)
             self._log(logging.WARNING, f"{problems[0]}: moved aside to '{aside}'")
             return False
         manifest = self.read_manifest(step)

@@ -32,6 +32,11 @@ _HOW_SECTIONS = frozenset(
 )
 _HOW_KEYS = (
     "model.print_after_conversion",
+    "model.hf_assets_path",  # where data and tokenizer lie; what they are is in the loader's own fingerprint
+    "model.tokenizer_path",
+    "training.dataset_path",
+    "data.on_bad_record",
+    "data.on_end",
     "training.steps",
     "training.dataloader",
     "training.gc_freq",

@@ -122,9 +122,9 @@ def commit(temporary: Path, final: Path, manifest: bytes) -> None:
         raise
 
 
-def set_aside(folder: Path) -> Path:
-    """Rename what is not a valid checkpoint out of the way; its new path. Raises OSError."""
-    aside = folder.with_name(f"{folder.name}.broken-{secrets.token_hex(8)}")
+def set_aside(folder: Path, why: str) -> Path:
+    """Rename a folder that is in the way to `step-N.<why>-…`, no checkpoint's name; its new path. Raises OSError."""
+    aside = folder.with_name(f"{folder.name}.{why}-{secrets.token_hex(8)}")
     os.rename(folder, aside)
     sync_folder(folder.parent)
     return aside

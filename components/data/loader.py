@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -95,7 +95,9 @@ class Loader:
             self._skipped = [x.skipped for x in blocks]
             yield self._step(blocks)
 
-    def steps(self, group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu") -> Iterator[StepRows]:
+    def steps(
+        self, group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu"
+    ) -> Generator[StepRows, None, None]:
         """Steps that end on all ranks of the data-parallel group at once, without communication where they never end.
 
         With the ending `stop` all end before the first step that one of them cannot fill; with `pad` those that are

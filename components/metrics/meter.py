@@ -87,7 +87,7 @@ class Meter:
     def start(self) -> None:
         """Begin a new interval now: before the first step, and by itself after each report."""
         self._begin, self._waited, self._paused = self._clock(), 0.0, 0.0
-        self._steps, self._tokens_before = 0, self.tokens
+        self._steps = self._computed = 0
 
     @contextmanager
     def waiting(self) -> Generator[None]:
@@ -107,16 +107,17 @@ class Meter:
         finally:
             self._paused += self._clock() - begin
 
-    def add(self, tokens: int) -> None:
-        """Count a step with this many tokens, over all ranks."""
+    def add(self, tokens: int, computed: int) -> None:
+        """Count a step: valid label tokens, and all positions that were computed, over all ranks."""
         self.tokens += tokens
+        self._computed += computed
         self._steps += 1
 
     def report(self, step: int, values: StepValues, lr: float, validation_loss: float | None = None) -> StepMetrics:
         """The numbers of step `step` and the rates since the last report. Waits for the device."""
         loss, max_loss, grad_norm = _read(values)
         seconds = max(self._clock() - self._begin - self._paused, 1e-9)
-        rate = (self.tokens - self._tokens_before) / seconds
+        rate = self._computed / seconds
         flops = rate * self._flops_per_token / self._ranks
         memory = self._memory(self._device)
         metrics = StepMetrics(

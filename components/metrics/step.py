@@ -21,9 +21,9 @@ class StepMetrics:
     lr: float
     """Learning rate that the step used."""
     tokens: int
-    """Tokens the job has seen up to and including this step, over all ranks."""
+    """Valid label tokens that the job has trained on up to and including this step, over all ranks."""
     tokens_per_second: float
-    """Tokens of the whole job per second, since the last report."""
+    """Positions computed by the whole job per second, padding and masked labels included, since the last report."""
     tflops: float
     """Model TFLOP/s of one device (recomputation is not counted), since the last report."""
     mfu: float | None

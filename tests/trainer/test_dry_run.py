@@ -44,7 +44,7 @@ def really_held(argv: list[str], environ: dict[str, str]) -> dict[str, tuple[int
     resolved = load_job(argv, os.environ)
     import_custom(resolved.job.experimental.custom_import)
     trainer = Trainer(resolved, os.environ)
-    rows = next(trainer.steps())
+    rows, _ = next(trainer.steps())
     trainer.accumulate(rows.batch)
     kinds = {
         "parameters": list(trainer.parameters),

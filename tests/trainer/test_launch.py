@@ -3,6 +3,7 @@
 import os
 import pty
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -162,3 +163,56 @@ def test_the_active_environment_is_taken_if_it_satisfies_the_ranges(tmp_path: Pa
     active = Path(setup())
     assert active.resolve() == Path(sys.executable).resolve()
     assert setup() == str(active)
+
+
+def start(folder: Path, *arguments: str, **variables: str) -> subprocess.Popen[str]:
+    """A job of two ranks that runs until it is stopped, returned once it trains."""
+    child = subprocess.Popen(
+        [SCRIPT, *QUIET, f"--job.dump_folder={folder}", "--training.steps=100000", *arguments],
+        env=environment(NGPU="2", **variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline().startswith("step")
+    return child
+
+
+def workers(launcher: int) -> list[int]:
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(launcher)], capture_output=True, text=True, check=True)
+    return sorted(int(pid) for pid in found.stdout.split())
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_all_ranks_in_one_line(number: signal.Signals, code: int, tmp_path: Path) -> None:
+    child = start(tmp_path)
+    ranks = workers(child.pid)
+    assert len(ranks) == 2
+    child.send_signal(number)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == code
+    assert err.splitlines()[-1] == f"error: stopped by {number.name}"
+    assert "Traceback" not in err
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+
+
+def test_a_killed_rank_ends_the_job_and_is_named(tmp_path: Path) -> None:
+    child = start(tmp_path)
+    os.kill(workers(child.pid)[1], signal.SIGKILL)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 128 + signal.SIGKILL
+    assert re.match(r"error: \[rank [01]\] Signal 9 \(SIGKILL\) received by PID \d+", err.splitlines()[-1])
+    assert "Traceback" not in err
+
+
+def test_an_error_of_one_rank_is_not_drowned_by_the_others(tmp_path: Path) -> None:
+    """Rank 1 reads a bad record; rank 0 then finds its collective broken, which is no news."""
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "good words, many of them"}\n' * 40 + "{\n")
+    arguments = (f"--training.dataset_path={data}", "--data.shuffle=false", "--training.seq_len=4")
+    done = run(*QUIET, *arguments, f"--job.dump_folder={tmp_path}", "--training.steps=50", NGPU="2")
+    assert done.returncode == 2
+    assert re.match(r"error: \[rank [01]\] \S*data.jsonl:41:2: truncated JSON ", done.stderr.splitlines()[-1])
+    assert "Traceback" not in done.stderr

@@ -88,6 +88,76 @@ def test_a_derived_global_batch_stays_what_it_was(tmp_path: Path) -> None:
     )
 
 
+def test_a_derived_validation_batch_is_told_and_stays_what_it_was(tmp_path: Path) -> None:
+    judged = ("--validation.enable", "--validation.dataset=c4_test", "--validation.seq_len=20", "--validation.steps=2")
+    common = (*SAVING, *judged, "--validation.local_batch_size=2", "--validation.freq=2")
+    (outcome,) = launch(1, tmp_path, *common, "--training.steps=2")
+    assert (
+        "note: validation.global_batch_size = -1: 2 rows (2 local × 1 data-parallel); it follows the layout: set it to"
+        " 2 for the same results on any"
+    ) in outcome.stderr
+    outcome, _ = launch(2, tmp_path, *common, "--training.steps=4", "--validation.local_batch_size=1")
+    assert "note: validation.global_batch_size = -1: 2 rows, kept from the checkpoint" in outcome.stderr
+    whole = train(1, tmp_path / "whole", *common, "--training.steps=4", "--lr_scheduler.total_steps=2")
+    assert records(tmp_path)[1]["validation_loss"] == whole[1]["validation_loss"]
+
+
+def test_another_course_from_an_earlier_step_does_not_mix_with_the_first(whole: Path, tmp_path: Path) -> None:
+    """With other `training.steps` the learning rate falls differently, so later checkpoints are of another course."""
+    folder = copy(whole, tmp_path / "run", 6)
+    arguments = (*SAVING, "--training.steps=8")
+    outcomes = launch(2, folder, *arguments, "--checkpoint.load_step=2")
+    assert [outcome.code for outcome in outcomes] == [0, 0]
+    assert "going on from step-2: step-4 is of an earlier course, now 'step-4.superseded-" in outcomes[0].stderr
+    names = sorted(path.name.split("-", 2)[1] for path in (folder / "checkpoint").iterdir())
+    assert names == ["2", "4", "4.superseded", "6", "6.superseded", "8"]
+    first, second = tensors(whole, 4), tensors(folder, 4)
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+    cut_off(folder, 4)
+    again = train(2, folder, *arguments)
+    (straight,) = [train(2, copy(whole, tmp_path / "straight", 2), *arguments)]
+    assert [facts(record) for record in again] == [facts(record) for record in straight]
+
+
+def test_a_bad_record_can_be_skipped_on_resume(tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "good words, many of them, and more of them"}\n' * 30 + "{\n")
+    arguments = (*SAVING, f"--training.dataset_path={data}", "--data.shuffle=false", "--training.steps=9")
+    (outcome,) = launch(1, tmp_path, *arguments, "--checkpoint.interval=1", "--training.seq_len=8")
+    assert outcome.code == 2
+    assert 'data.on_bad_record = "skip"' in outcome.stderr
+    (outcome,) = launch(
+        1, tmp_path, *arguments, "--checkpoint.interval=1", "--training.seq_len=8", "--data.on_bad_record=skip"
+    )
+    assert outcome.code == 0, outcome.stderr
+    assert records(tmp_path)[-1]["step"] == 9
+
+
+def test_counting_from_zero_in_an_old_folder_is_refused(whole: Path, tmp_path: Path) -> None:
+    folder = copy(whole, tmp_path / "run", 4)
+    (outcome,) = launch(1, folder, *SAVING, "--checkpoint.exclude_from_loading=train_state")
+    assert outcome.code == 2
+    assert outcome.stderr.splitlines()[-1] == (
+        "error: checkpoint.exclude_from_loading = 'train_state': steps would count from 0 in a folder that holds"
+        " step-4; start from it with checkpoint.initial_load_path in a new job.dump_folder"
+    )
+
+
+def test_data_that_end_close_the_job_properly(tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "a few words, no more"}\n' * 100)
+    arguments = (*SAVING, f"--training.dataset_path={data}", "--data.on_end=stop", "--metrics.log_freq=100")
+    (outcome,) = launch(1, tmp_path, *arguments, "--training.steps=50", "--checkpoint.interval=50")
+    assert outcome.code == 0, outcome.stderr
+    last = records(tmp_path)[-1]["step"]
+    assert 1 < last < 50
+    assert f"the data ended after step {last} of 50" in outcome.stderr
+    assert [path.name for path in (tmp_path / "checkpoint").iterdir()] == [f"step-{last}"]
+    (outcome,) = launch(1, tmp_path, *arguments, "--training.steps=50")
+    assert outcome.code == 0
+    assert f"nothing to do: the data ended after step {last} of 50" in outcome.stderr
+
+
 def test_a_finished_job_is_extended_and_a_done_one_says_so(whole: Path, tmp_path: Path) -> None:
     folder = copy(whole, tmp_path / "run", 6)
     outcomes = launch(2, folder, *SAVING)

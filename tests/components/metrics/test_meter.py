@@ -43,7 +43,7 @@ def test_report() -> None:
         with meter.waiting():
             clock.now += 0.5
         clock.now += 1.5
-        meter.add(1000)
+        meter.add(1000, computed=1000)
     with meter.pause():
         clock.now += 60.0
     assert meter.report(2, VALUES, lr=1e-3) == StepMetrics(
@@ -69,10 +69,10 @@ def test_each_report_starts_anew_and_tokens_go_on() -> None:
     meter = _meter(clock, peak=None, tokens=70)
     clock.now += 100
     meter.start()
-    meter.add(10)
+    meter.add(10, computed=10)
     clock.now += 1
     assert meter.report(1, VALUES, 0.1).tokens_per_second == 10.0
-    meter.add(10)
+    meter.add(10, computed=10)
     clock.now += 4
     second = meter.report(2, VALUES, 0.1, validation_loss=9.0)
     assert (second.tokens, second.tokens_per_second, second.data_wait) == (90, 2.5, 0.0)
