@@ -18,11 +18,11 @@ from components.runtime.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import nn
 
     from components.data.loader import Loader
     from components.data.tokenizer import Tokenizer
-    from components.mesh.batch import Batch, RowLoss
+    from components.loss.cross_entropy import LossFn
     from components.mesh.parallel_dims import ParallelDims
     from components.metrics.sinks import Sinks
     from components.optim.optimizers import Optimizers
@@ -55,14 +55,6 @@ class ModelArgs(Protocol):
 
     def problems(self, job: JobConfig) -> list[str]:
         """Why this shape cannot run that job; empty if it can. Names the keys and the numbers."""
-        ...
-
-
-class LossFn(Protocol):
-    """A loss: sums and counts per row, so that whoever knows the whole global batch can divide once."""
-
-    def __call__(self, hidden: Tensor, head: nn.Module, batch: Batch) -> RowLoss:
-        """`hidden` is (rows, seq, dim); `head` projects it, called at most once so that its hooks fire once."""
         ...
 
 
@@ -210,16 +202,16 @@ def _register_built_in() -> None:
 def load_entry_points() -> Iterator[str]:
     """Let installed packages register: each entry point of the group is a function without arguments. Yields names.
 
-    Raises ConfigError that names the package when one cannot be imported.
+    Raises ConfigError that names the package when one cannot be loaded.
     """
     for point in entry_points(group=ENTRY_POINT_GROUP):
         try:
             point.load()()
-        except ImportError as error:
+        except Exception as error:  # somebody else's code may raise anything
             package = point.dist.name if point.dist else point.value
             raise ConfigError(
-                f"entry point {point.name!r} of package {package!r} ({point.value}) cannot be imported: {error};"
-                " mend or uninstall the package"
+                f"entry point {point.name!r} of package {package!r} ({point.value}) cannot be loaded:"
+                f" {type(error).__name__}: {error}; mend or uninstall the package"
             ) from error
         yield point.name
 

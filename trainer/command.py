@@ -5,8 +5,10 @@ that are raised on purpose become prose here and nowhere else; what is left is a
 """
 
 import importlib
+import io
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 
 def main(argv: list[str], environ: MutableMapping[str, str]) -> int:
     """Run what the arguments ask for. Returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that has no × or − shall not stop a job
     if argv[:1] == ["check"]:
         from trainer.check import run_check
 
@@ -29,17 +34,8 @@ def main(argv: list[str], environ: MutableMapping[str, str]) -> int:
     if any(argument in ("--help", "-h") for argument in argv):
         from trainer.config.help import help_text
 
-        print_page(help_text())
-        return 0
+        return report_errors(lambda: print(help_text(), flush=True) or 0)
     return report_errors(lambda: train(argv, environ))
-
-
-def print_page(text: str) -> None:
-    """Print a text that may be long; a reader (`head`, `less`) that has seen enough and leaves is no error."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the last flush at exit has a place
 
 
 def train(argv: list[str], environ: MutableMapping[str, str]) -> int:
@@ -56,8 +52,11 @@ def train(argv: list[str], environ: MutableMapping[str, str]) -> int:
         from trainer.dry_run import dry_run
 
         return dry_run(resolved.job, resolved.notes, world_size(resolved, environ))
+    from components.runtime.orphans import end_with_parent
     from trainer.trainer import Trainer
 
+    if "TORCHELASTIC_RUN_ID" in environ:
+        end_with_parent()
     freeze_registries()
     trainer = Trainer(resolved, environ)
     trainer.train()
@@ -71,10 +70,19 @@ def import_custom(module: str) -> None:
         return
     try:
         importlib.import_module(module)
-    except ImportError as error:
+    except EspalierError:
+        raise
+    except Exception as error:  # the user's own code may raise anything
         raise ConfigError(
-            f"experimental.custom_import = {module!r} cannot be imported: {error}; it is looked up like any module"
+            f"experimental.custom_import = {module!r} cannot be imported: {type(error).__name__}: {error}{place(error)}"
         ) from error
+
+
+def place(error: BaseException) -> str:
+    """Where in the user's code an error arose, as ` (file:line)`; empty if it never got that far."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen")]
+    last = frames[-1]
+    return "" if last.filename in (__file__, importlib.__file__) else f" ({last.filename}:{last.lineno})"
 
 
 def validate_job(resolved: "ResolvedJob", ranks: int) -> None:
@@ -135,6 +143,9 @@ def report_errors(run: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         say("interrupted", os.environ, on_purpose=True)
         return 130
+    except BrokenPipeError:  # whoever reads standard output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the last flush at exit has a place
+        return 128 + signal.SIGPIPE
     except Exception:
         if "TORCHELASTIC_ERROR_FILE" not in os.environ:
             raise

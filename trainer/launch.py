@@ -11,6 +11,7 @@ from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.environment import count
 from trainer.guard import guard_rooms
 
 if TYPE_CHECKING:
@@ -26,18 +27,6 @@ def visible_accelerators() -> int:
     return torch.accelerator.device_count() if torch.accelerator.is_available() else 0
 
 
-def count(environ: Mapping[str, str], name: str, default: int) -> int:
-    """A positive whole number from the environment. Raises ConfigError."""
-    from components.runtime.errors import ConfigError
-
-    text = environ.get(name, "")
-    if not text:
-        return default
-    if not text.isdigit() or int(text) < 1:
-        raise ConfigError(f"{name}={text}: must be an integer of at least 1")
-    return int(text)
-
-
 def torchrun_arguments(environ: Mapping[str, str], processes: int, nodes: int) -> list[str]:
     """torchrun's options for this layout of processes."""
     options = [f"--nproc-per-node={processes}", f"--nnodes={nodes}"]
@@ -45,9 +34,9 @@ def torchrun_arguments(environ: Mapping[str, str], processes: int, nodes: int) -
         return [*options, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
     return [
         *options,
-        f"--node-rank={environ.get('NODE_RANK', '0')}",
+        f"--node-rank={count(environ, 'NODE_RANK', 0, least=0)}",
         f"--master-addr={environ.get('MASTER_ADDR', 'localhost')}",
-        f"--master-port={environ.get('MASTER_PORT', '29500')}",
+        f"--master-port={count(environ, 'MASTER_PORT', 29500)}",
     ]
 
 

@@ -14,7 +14,7 @@ from components.data.indexed import RowIndex, SyntheticRows
 from components.data.paths import find_path
 from components.data.stdlib import open_stdlib
 from components.mesh.registry import Registry
-from components.runtime.errors import ConfigError
+from components.runtime.errors import ConfigError, DataError
 
 OpenDataset = Callable[[DatasetRequest], RandomAccess | Sequential | RowIndex]
 
@@ -42,6 +42,9 @@ def open_path(
 ) -> RandomAccess | Sequential:
     """Documents at a local path, or of a Hugging Face dataset where none exists. `patterns`: see `open_files`."""
     found = find_path(path)
+    if found is not None and (found / "dataset_dict.json").is_file():
+        splits = ", ".join(sorted(str(Path(path) / x.name) for x in found.iterdir() if is_saved_dataset(x)))
+        raise DataError(f"{path}: a saved DatasetDict, which has a dataset for each split; name one of them: {splits}")
     if found is not None and is_saved_dataset(found):
         return SavedDataset(found, field)
     if is_local(path) or not is_hub_name(path):

@@ -28,7 +28,7 @@ class JsonlSink:
                 _move_aside(path)
             else:
                 _drop_later(path, resume_step)
-            self._file = path.open("a", encoding="utf-8")
+            self._path, self._file = path, path.open("a", encoding="utf-8")
         except OSError as error:
             raise UserError(
                 f"{path}: cannot write metrics there: {error.strerror}; move it away, or choose another job.dump_folder"
@@ -52,8 +52,11 @@ class JsonlSink:
         self._file.close()
 
     def _write(self, line: str) -> None:
-        self._file.write(line + "\n")
-        self._file.flush()
+        try:
+            self._file.write(line + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"{self._path}: cannot be written: {error.strerror}; make room and run again") from error
 
 
 def _move_aside(path: Path) -> None:

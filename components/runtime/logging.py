@@ -39,6 +39,10 @@ def configure(world: World, log_rank: str = "0") -> None:
     Until this is called nothing below a warning is printed. Raises ConfigError if `log_rank` is not a list of ranks.
     """
     ranks = _ranks(log_rank)
+    if min(ranks) >= world.size:
+        raise ConfigError(
+            f"environment: LOG_RANK = {log_rank!r}: none of these is there; allowed: 0 to {world.size - 1}"
+        )
     handler = _Handler()
     handler.setFormatter(_Formatter(world.rank, name_rank=len(ranks) > 1))
     logger.handlers[:] = [handler]

@@ -5,6 +5,7 @@ ones that meet the file system, the data, the tokenizer, a checkpoint or another
 """
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,8 +30,25 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "no such module": (
         ("--experimental.custom_import=no_such_module",),
-        "experimental.custom_import = 'no_such_module' cannot be imported: No module named 'no_such_module';"
-        " it is looked up like any module",
+        "experimental.custom_import = 'no_such_module' cannot be imported: ModuleNotFoundError: No module named"
+        " 'no_such_module'",
+    ),
+    "a module that fails": (
+        ("--experimental.custom_import=failing",),
+        "experimental.custom_import = 'failing' cannot be imported: ZeroDivisionError: division by zero"
+        " ({folder}/failing.py:2)",
+    ),
+    "a dataset with splits": (
+        ("--training.dataset_path=splits",),
+        "splits: a saved DatasetDict, which has a dataset for each split; name one of them: splits/test, splits/train",
+    ),
+    "no rank to report": (
+        ("LOG_RANK=9",),
+        "environment: LOG_RANK = '9': none of these is there; allowed: 0 to 0",
+    ),
+    "a full disk": (
+        ("--job.dump_folder=full",),
+        "full/metrics.jsonl: cannot be written: No space left on device; make room and run again",
     ),
     "no such data": (
         ("--training.dataset_path=nowhere",),
@@ -160,10 +178,18 @@ ENVIRONMENT = {"RANK": "0", "LOG_RANK": "0", "HF_HUB_OFFLINE": "1"}
 
 def write_files(folder: Path) -> None:
     (folder / "folder").mkdir()
+    (folder / "full").mkdir()
+    (folder / "full/metrics.jsonl").symlink_to("/dev/full")
+    for split in ("train", "test"):
+        (folder / "splits" / split).mkdir(parents=True)
+        for name in ("state.json", "dataset_info.json"):
+            (folder / "splits" / split / name).write_text("{}")
+    (folder / "splits/dataset_dict.json").write_text("{}")
     (folder / "tokenizer").mkdir()
     contents = {
         "bad.toml": b"[training]\nsteps = \n",
         "file": b"",
+        "failing.py": b"x = 1\nx / 0\n",
         "empty.jsonl": b"",
         "truncated.jsonl": b'{"text": "one"}\n{"text": "two"\n',
         "latin.jsonl": b'{"text": "one"}\n{"text": "caf\xe9"}\n',
@@ -181,6 +207,7 @@ def write_files(folder: Path) -> None:
 def run_all(folder: str) -> dict[str, Outcome]:
     """Every case, one after the other, in a process of its own."""
     os.chdir(folder)
+    sys.path.insert(0, ".")
     outcomes = {}
     for name, (arguments, _) in CASES.items():
         variables = dict(a.split("=", 1) for a in arguments if not a.startswith("-"))
@@ -190,16 +217,20 @@ def run_all(folder: str) -> dict[str, Outcome]:
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
-    folder = tmp_path_factory.mktemp("bad")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("bad")
+
+
+@pytest.fixture(scope="module")
+def outcomes(folder: Path) -> dict[str, Outcome]:
     write_files(folder)
     return run_ranks(1, run_all, str(folder), backend=None, timeout=200)[0]
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_is_said(name: str, outcomes: dict[str, Outcome]) -> None:
+def test_what_is_said(name: str, outcomes: dict[str, Outcome], folder: Path) -> None:
     outcome = outcomes[name]
-    assert outcome.stderr.splitlines()[-1] == f"error: {CASES[name][1]}"
+    assert outcome.stderr.splitlines()[-1] == f"error: {CASES[name][1].replace('{folder}', str(folder))}"
     assert outcome.code == 2
     assert outcome.stdout == ""
     assert "Traceback" not in outcome.stderr

@@ -216,3 +216,22 @@ def test_an_error_of_one_rank_is_not_drowned_by_the_others(tmp_path: Path) -> No
     assert done.returncode == 2
     assert re.match(r"error: \[rank [01]\] \S*data.jsonl:41:2: truncated JSON ", done.stderr.splitlines()[-1])
     assert "Traceback" not in done.stderr
+
+
+def test_ranks_do_not_outlive_their_launcher(tmp_path: Path) -> None:
+    child = start(tmp_path)
+    ranks = workers(child.pid)
+    child.kill()
+    child.communicate(timeout=60)
+    end = time.monotonic() + 30
+    while any(Path(f"/proc/{rank}").exists() for rank in ranks) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
+    for arguments in ("--help", "check", f"--job.dump_folder={tmp_path} {' '.join(QUIET)}"):
+        command = f"set -o pipefail; {SCRIPT} {arguments} | head -n 1; echo code ${{PIPESTATUS[0]}}"
+        done = subprocess.run(["bash", "-c", command], env=environment(), capture_output=True, text=True, timeout=100)
+        assert "Traceback" not in done.stderr
+        assert done.stdout.splitlines()[-1] in ("code 0", "code 141")
