@@ -9,7 +9,6 @@ class ExitCode(IntEnum):
     DONE = 0
     FAILED = 1
     INPUT = 2
-    STOPPED = 75
 
 
 class EspalierError(Exception):
