@@ -54,7 +54,7 @@ class ModelArgs(Protocol):
         ...
 
     def problems(self, job: JobConfig) -> list[str]:
-        """Why this shape cannot run that job; empty if it can. Names the keys and the numbers."""
+        """Why this shape cannot run that job; empty if it can. Each line begins with a dotted key."""
         ...
 
 

@@ -12,10 +12,9 @@ from components.mesh.degrees import Degrees, resolve_degrees
 from components.runtime.errors import ConfigError
 from models.train_spec import ModelArgs
 from trainer.config.help import help_text
-from trainer.config.load import ResolvedJob, load_job
-from trainer.config.names import find_model
+from trainer.config.load import ResolvedJob, resolve
 from trainer.config.output import print_config
-from trainer.config.validate import located, validate
+from trainer.config.validate import require_valid
 
 
 def run_check(argv: list[str], environ: Mapping[str, str]) -> int:
@@ -35,13 +34,10 @@ def run_check(argv: list[str], environ: Mapping[str, str]) -> int:
 def _check(argv: list[str], environ: Mapping[str, str]) -> int:
     arguments, size = _own_arguments(argv)
     world_size = _count("NGPU", environ) * _count("NNODES", environ) if size is None else size
-    resolved = load_job(arguments, environ)
-    args, problems = find_model(resolved.job)
-    problems += validate(resolved.job, world_size, args)
-    if resolved.job.job.print_config:
+    resolved = resolve(arguments, environ)
+    if resolved.job.job.print_config and not resolved.problems:
         print(print_config(resolved))
-    if problems:
-        raise ConfigError(*located(problems, resolved.provenance))
+    args = require_valid(resolved, world_size)
     print("\n".join(_summary(resolved, args, world_size)))
     return 0
 

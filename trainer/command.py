@@ -40,10 +40,10 @@ def main(argv: list[str], environ: MutableMapping[str, str]) -> int:
 
 def train(argv: list[str], environ: MutableMapping[str, str]) -> int:
     """Read and validate the job, then train it or, under `comm.mode = "fake_backend"`, say what it would take."""
-    from trainer.config.load import load_job
+    from trainer.config.load import resolve
     from trainer.config.output import print_config
 
-    resolved = load_job(argv, environ)
+    resolved = resolve(argv, environ)
     import_custom(resolved.job.experimental.custom_import)
     validate_job(resolved, world_size(resolved, environ))
     if resolved.job.job.print_config and World.from_environ(environ).rank == 0:
@@ -88,14 +88,10 @@ def place(error: BaseException) -> str:
 def validate_job(resolved: "ResolvedJob", ranks: int) -> None:
     """Every problem of the job on that many ranks, as one ConfigError."""
     from models.train_spec import load_entry_points
-    from trainer.config.names import find_model
-    from trainer.config.validate import located, validate
+    from trainer.config.validate import require_valid
 
     list(load_entry_points())
-    args, problems = find_model(resolved.job)
-    problems += validate(resolved.job, ranks, args)
-    if problems:
-        raise ConfigError(*located(problems, resolved.provenance))
+    require_valid(resolved, ranks)
 
 
 def world_size(resolved: "ResolvedJob", environ: MutableMapping[str, str]) -> int:

@@ -18,7 +18,7 @@ def describe(annotation: Any) -> str:
     """What a value of that type is, as the end of "must be …"."""
     if get_origin(annotation) is Annotated:
         base, *extras = get_args(annotation)
-        return describe(base) + _bounds(extras)
+        return _finite(describe(base), extras) + _bounds(extras)
     if get_origin(annotation) in (Union, types.UnionType):
         # Optional first, so that "none" is said last.
         named = [describe(member) for member in members(annotation)]
@@ -47,15 +47,30 @@ def _plural(item: Any) -> str:
     return names.get(item) or f"values that are each {describe(item)}"
 
 
+def _constraints(extras: list[Any]) -> list[Any]:
+    return [constraint for extra in extras for constraint in getattr(extra, "metadata", [extra])]
+
+
+def _finite(number: str, extras: list[Any]) -> str:
+    infinite = all(getattr(constraint, "allow_inf_nan", True) for constraint in _constraints(extras))
+    return number if infinite else number.replace("a number", "a finite number")
+
+
 def _bounds(extras: list[Any]) -> str:
     limits: dict[str, Any] = {}
-    for constraint in (c for extra in extras for c in getattr(extra, "metadata", [extra])):
+    for constraint in _constraints(extras):
         limits.update({n: getattr(constraint, n) for n in ("ge", "gt", "le", "lt") if hasattr(constraint, n)})
+        if hasattr(constraint, "min_length"):
+            return f" of at least {constraint.min_length} character{'s' if constraint.min_length > 1 else ''}"
     low, high = limits.get("ge"), limits.get("le")
     if low is not None and high is not None:
-        return f" from {low:g} to {high:g}"
+        return f" from {_exact(low)} to {_exact(high)}"
     words = {"ge": "of at least", "gt": "greater than", "le": "of at most", "lt": "less than"}
-    return "".join(f"{' and' if n else ''} {words[k]} {v:g}" for n, (k, v) in enumerate(limits.items()))
+    return "".join(f"{' and' if n else ''} {words[k]} {_exact(v)}" for n, (k, v) in enumerate(limits.items()))
+
+
+def _exact(limit: float) -> str:
+    return str(limit) if isinstance(limit, int) else f"{limit:g}"
 
 
 def toml_literal(value: object) -> str:

@@ -3,7 +3,7 @@
 
 from dataclasses import dataclass
 
-from components.config.types import NonNegativeInt, Positive, PositiveInt
+from components.config.types import NonEmpty, NonNegativeInt, Positive, PositiveInt, Seed
 
 
 @dataclass(frozen=True)
@@ -12,7 +12,7 @@ class Job:
 
     config_file: str | None = None
     """Path of the TOML file; set by `CONFIG_FILE` or on the command line, never inside the file itself."""
-    dump_folder: str = "./outputs"
+    dump_folder: NonEmpty = "./outputs"
     """Folder that everything the run writes goes into; created if missing."""
     description: str = "default job"
     """Free text, printed at start and saved with the run."""
@@ -72,7 +72,7 @@ class Metrics:
 class Debug:
     """`[debug]`: seeds and determinism."""
 
-    seed: int | None = None
+    seed: Seed | None = None
     """Seed of initialization, shuffling and forward randomness. None: 0, and the log says so; results never depend on
     the clock."""
     deterministic: bool = False

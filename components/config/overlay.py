@@ -25,6 +25,8 @@ class Overlay:
     values: dict[KeyPath, object] = field(default_factory=dict)
     provenance: dict[KeyPath, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    refused: set[KeyPath] = field(default_factory=set)
+    """Keys whose last value is none of theirs; `values` lacks them, so that they stay at their defaults."""
 
     def add_file(self, file: TomlFile) -> None:
         """Lay a file over what is there. Its problems are listed in the order of its lines."""
@@ -39,6 +41,8 @@ class Overlay:
         for argument in arguments:
             if argument.problem is not None:
                 self.problems.append(f"{argument.text}: {argument.problem}")
+                if argument.path in self.schema.keys:
+                    self._refuse(argument.path)
                 continue
             faults: list[Fault] = []
             self._set(argument.path, argument.value, argument.locate, faults)
@@ -70,8 +74,15 @@ class Overlay:
         before = len(faults)
         checked = check(self.schema.keys[path].type, value, path, faults)
         self.provenance[path] = locate(path)
-        if len(faults) == before:
-            self.values[path] = checked
+        if len(faults) > before:
+            self._refuse(path)
+            return
+        self.values[path] = checked
+        self.refused.discard(path)
+
+    def _refuse(self, path: KeyPath) -> None:
+        self.values.pop(path, None)
+        self.refused.add(path)
 
 
 def dotted(path: Path) -> str:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from components.config.types import AllOrPositive, Fraction, NonNegativeInt, PositiveInt
+from components.config.types import AllOrPositive, Fraction, NonNegativeInt, PositiveInt, Seconds
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ class Parallelism:
 class Comm:
     """`[comm]`: process groups."""
 
-    init_timeout_seconds: PositiveInt = 300
+    init_timeout_seconds: Seconds = 300
     """Timeout of a collective until the first step is done (compilation, lazy set-up)."""
-    train_timeout_seconds: PositiveInt = 100
+    train_timeout_seconds: Seconds = 100
     """Timeout of a collective after the first step."""
     trace_buf_size: NonNegativeInt = 20000
     """Entries of NCCL's flight recorder; 0 switches it off. Without NCCL inactive."""

@@ -4,7 +4,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from components.config.types import AllOrPositive, Dtype, NonNegativeInt, Positive, PositiveInt
+from components.config.types import AllOrPositive, Dtype, NonNegativeInt, PositiveInt, PositiveOrInf
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Training:
     data-parallel degree."""
     seq_len: PositiveInt = 2048
     """Tokens in a row."""
-    max_norm: Positive = 1.0
+    max_norm: PositiveOrInf = 1.0
     """Clip the global gradient norm to this; `inf` clips nothing."""
     steps: PositiveInt = 10000
     """Optimizer steps of the job."""

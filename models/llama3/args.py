@@ -81,7 +81,7 @@ class Llama3Args:
         return 6.0 * matrices + 6.0 * self.n_layers * self.n_heads * self.head_dim * seq_len
 
     def problems(self, job: JobConfig) -> list[str]:
-        """Why this shape cannot run in that layout; empty if it can. Names the keys and the numbers."""
+        """Why this shape cannot run in that layout; empty if it can. Each line begins with a dotted key."""
         degrees = {
             "tensor": job.parallelism.tensor_parallel_degree,
             "context": job.parallelism.context_parallel_degree,
@@ -102,13 +102,13 @@ class Llama3Args:
 
     def _too_long(self, key: str, length: int) -> str:
         return (
-            f"{key} = {length} is longer than the {self.max_seq_len} tokens this llama3 flavor was made for; shorten it"
+            f"{key} = {length}: longer than the {self.max_seq_len} tokens this llama3 flavor was made for; shorten it"
         )
 
 
 def _no_plan(kind: str, degree: int) -> str:
     name = kind.replace("_", "-")
-    return f"llama3 has no plan for {name} parallelism yet: parallelism.{kind}_parallel_degree = {degree}; set it to 1"
+    return f"parallelism.{kind}_parallel_degree = {degree}: llama3 has no plan for {name} parallelism yet; set it to 1"
 
 
 FLAVORS: Mapping[str, Llama3Args] = MappingProxyType(

@@ -215,7 +215,7 @@ def test_what_is_not_there_is_refused(key: str) -> None:
 
 @pytest.mark.parametrize("key", TWO_RANKS)
 def test_degrees_without_a_plan_are_refused(key: str) -> None:
-    expected = f"llama3 has no plan for {TWO_RANKS[key]} parallelism yet: {key} = 2; set it to 1"
+    expected = f"{key} = 2: llama3 has no plan for {TWO_RANKS[key]} parallelism yet; set it to 1"
     assert problems((f"--{key}=2",), 2) == [expected]
     assert problems((), 2) == []
 
@@ -223,11 +223,11 @@ def test_degrees_without_a_plan_are_refused(key: str) -> None:
 def test_expert_tensor_degree_is_refused() -> None:
     key = "parallelism.expert_tensor_parallel_degree"
     assert problems((f"--{key}=2", "--parallelism.tensor_parallel_degree=2"), 2)[1:] == [
-        f"llama3 has no plan for expert-tensor parallelism yet: {key} = 2; set it to 1"
+        f"{key} = 2: llama3 has no plan for expert-tensor parallelism yet; set it to 1"
     ]
     assert problems((f"--{key}=2",), 2) == [
-        f"parallelism: `{key}` = 2 is neither 1 nor the tensor-parallel degree 1: set it to 1",
-        f"llama3 has no plan for expert-tensor parallelism yet: {key} = 2; set it to 1",
+        f"{key} = 2: is neither 1 nor the tensor-parallel degree 1: set it to 1",
+        f"{key} = 2: llama3 has no plan for expert-tensor parallelism yet; set it to 1",
     ]
 
 

@@ -151,11 +151,15 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
         "compile.backend = 'inducer': no such back end; allowed: cudagraphs, inductor, openxla, tvm, and those for"
         " debugging",
     ),
-    "a negative seed": (("--debug.seed=-1",), "debug.seed = -1: allowed: 0 to 9223372036854775807"),
+    "a negative seed": (
+        ("--debug.seed=-1",),
+        "--debug.seed=-1: must be an integer from 0 to 9223372036854775807 or none",
+    ),
     "more sharding than ranks": (
         ("--parallelism.data_parallel_shard_degree=3",),
-        "parallelism: 1 (replicate) × 3 (shard) × 1 (context) × 1 (tensor) × 1 (pipeline) = 3 ranks, but there are 1:"
-        " set `parallelism.data_parallel_shard_degree` to 1 (or to -1: all that are left), or start 3 ranks",
+        "--parallelism.data_parallel_shard_degree=3: 1 (replicate) × 3 (shard) × 1 (context) × 1 (tensor) ×"
+        " 1 (pipeline) = 3 ranks, but there are 1: set `parallelism.data_parallel_shard_degree` to 1 (or to -1: all"
+        " that are left), or start 3 ranks",
     ),
     "a malformed rank": (
         ("RANK=one",),

@@ -87,6 +87,7 @@ def test_it_refuses_what_a_real_run_would() -> None:
     assert outcome.code == 2
     assert outcome.stdout == ""
     assert outcome.stderr == (
-        "error: parallelism: 1 (replicate) × 3 (shard) × 1 (context) × 1 (tensor) × 1 (pipeline) = 3 ranks, but there"
-        " are 4: set `parallelism.data_parallel_shard_degree` to 4 (or to -1: all that are left), or start 3 ranks\n"
+        "error: --parallelism.data_parallel_shard_degree=3: 1 (replicate) × 3 (shard) × 1 (context) × 1 (tensor) ×"
+        " 1 (pipeline) = 3 ranks, but there are 4: set `parallelism.data_parallel_shard_degree` to 4 (or to -1: all"
+        " that are left), or start 3 ranks\n"
     )

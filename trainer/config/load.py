@@ -2,11 +2,12 @@
 
 Two passes over the arguments: the first only finds the file and the modules that add sections, the second reads all
 arguments by the schema that these complete. Each value is checked by its own key's type here; what concerns several
-keys is the business of `trainer.config.validate`.
+keys is the business of `trainer.config.validate`, which goes on from a job that has faults, so that a user is told of
+all problems at once.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from components.config.arguments import Argument, parse_arguments
 from components.config.job_config import JobConfig
@@ -35,15 +36,27 @@ class ResolvedJob:
     """Dotted key → "default", "file.toml:12" or the command-line argument. Every key is there."""
     notes: list[str]
     """What was accepted, but deserves a word. One line each."""
+    problems: list[str] = field(default_factory=list)
+    """What is wrong in the files and arguments, key by key. Such a job is for finding further problems, not to run."""
+    refused: frozenset[str] = frozenset()
+    """Dotted keys whose value was refused; `job` holds their defaults."""
 
 
 def load_job(argv: Sequence[str], environ: Mapping[str, str]) -> ResolvedJob:
+    """As `resolve`, but raises ConfigError with every problem of every file and argument."""
+    resolved = resolve(argv, environ)
+    if resolved.problems:
+        raise ConfigError(*resolved.problems)
+    return resolved
+
+
+def resolve(argv: Sequence[str], environ: Mapping[str, str]) -> ResolvedJob:
     """Resolve a job. The TOML file is named by `--job.config_file` or else by CONFIG_FILE in `environ`; it may be
     absent. COMM_MODE in `environ` stands for `--comm.mode`.
 
-    Raises ConfigError with every problem of every file and argument: unknown keys, wrong types, values out of range.
-    A file that is missing or is no TOML, and a module that cannot be imported, end it at once: what follows from them
-    would only be noise.
+    Unknown keys, wrong types and values out of range go into `problems`, and the keys keep their defaults. Raises
+    ConfigError where there is nothing to go on from, since what follows would only be noise: a file that is missing or
+    is no TOML, a module that cannot be imported, a key without a default and without a value.
     """
     argv = [SHORT.get(word, word) for word in argv]
     early = [*_from_environment(environ), *parse_arguments(argv, schema_of(JobConfig), RENAMED)]
@@ -58,11 +71,12 @@ def load_job(argv: Sequence[str], environ: Mapping[str, str]) -> ResolvedJob:
     overlay.add_arguments(_from_environment(environ))
     overlay.add_arguments(parse_arguments(argv, overlay.schema, RENAMED))
     overlay.finish()
-    if overlay.problems:
+    if any(key.required and path not in overlay.values for path, key in overlay.schema.keys.items()):
         raise ConfigError(*overlay.problems)
     provenance = {dotted(path): overlay.provenance[path] for path in overlay.schema.keys}
     job, alias_notes = _with_present_names(build(config, overlay.values), provenance)
-    return ResolvedJob(job, provenance, notes + alias_notes)
+    refused = frozenset(dotted(path) for path in overlay.refused)
+    return ResolvedJob(job, provenance, notes + alias_notes, overlay.problems, refused)
 
 
 def _from_environment(environ: Mapping[str, str]) -> list[Argument]:

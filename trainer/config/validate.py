@@ -6,22 +6,25 @@ cannot do is its arguments' (`ModelArgs.problems`), and what the machine lacks i
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
-from components.config.annotations import toml_literal
+from components.config.annotations import hints_of, toml_literal
 from components.config.job_config import JobConfig
 from components.config.overlay import DEFAULT
+from components.config.parallelism import Parallelism
+from components.config.schema import get
 from components.config.training import DataLoader
 from components.mesh.degrees import Degrees, resolve_degrees
 from components.optim.schedule import schedule_problems
-from components.runtime.errors import MeshError
-from trainer.config.names import check_names
+from components.runtime.errors import ConfigError, MeshError
+from trainer.config.names import check_names, find_model
 from trainer.config.support import unsupported
 
 if TYPE_CHECKING:
     from models.train_spec import ModelArgs
+    from trainer.config.load import ResolvedJob
 
 Problems = Iterator[str]
 
@@ -39,21 +42,66 @@ FOLDERS: Mapping[str, Callable[[JobConfig], str | None]] = {
 """Keys whose paths lie inside `job.dump_folder`."""
 
 
-def validate(job: JobConfig, world_size: int, args: "ModelArgs | None") -> list[str]:
+DEGREES = tuple(f"parallelism.{name}" for name in hints_of(Parallelism) if name.endswith("_degree"))
+"""The keys that lay a job out over ranks."""
+
+MODEL = ("model.name", "model.flavor")
+"""The keys that choose a model's shape."""
+
+
+def require_valid(resolved: "ResolvedJob", world_size: int) -> "ModelArgs | None":
+    """The model's shape, None where only code that is not imported knows it.
+
+    Raises ConfigError with every problem of the job on `world_size` ranks, each led by where its key was set: those of
+    its files and arguments, then those of the job that they make. Of the latter, what speaks of a refused value is left
+    out: it may be gone once that value is mended.
+    """
+    args, problems = find_model(resolved.job) if resolved.refused.isdisjoint(MODEL) else (None, [])
+    problems += validate(resolved.job, world_size, args, resolved.refused)
+    problems = [line for line in problems if not any(_mentions(line, key) for key in resolved.refused)]
+    problems = [*resolved.problems, *located(problems, resolved.provenance)]
+    if problems:
+        raise ConfigError(*problems)
+    return args
+
+
+def validate(
+    job: JobConfig, world_size: int, args: "ModelArgs | None", refused: Collection[str] = frozenset()
+) -> list[str]:
     """Every problem of the job on `world_size` ranks; empty if there is none. Each line begins with a dotted key.
 
-    `args` is the model's shape, None where it is not known: what needs it is then left out.
+    `args` is the model's shape, None where it is not known: what needs it is then left out. So are the rules on the
+    layout where one of the `refused` keys is a degree.
     """
     problems = [line for rule in RULES for line in rule(job)]
-    try:
-        degrees = resolve_degrees(job.parallelism, world_size)
-    except MeshError as error:
-        problems.append(f"parallelism: {error}")
-    else:
-        problems.extend(line for rule in LAYOUT_RULES for line in rule(job, degrees))
+    if not any(key in refused for key in DEGREES):
+        problems.extend(_layout(job, world_size))
     if args is not None:
         problems.extend(args.problems(job))
     return problems
+
+
+def _layout(job: JobConfig, world_size: int) -> Problems:
+    try:
+        degrees = resolve_degrees(job.parallelism, world_size)
+    except MeshError as error:
+        yield _misfit(job, str(error))
+    else:
+        for rule in LAYOUT_RULES:
+            yield from rule(job, degrees)
+
+
+def _misfit(job: JobConfig, error: str) -> str:
+    """Degrees that do not fit, told of one that is not the default (the defaults fit any number of ranks): if there is
+    a choice, of one that the error names."""
+    usual, values = JobConfig(), {key: get(job, tuple(key.split("."))) for key in DEGREES}
+    suspects = [key for key, value in values.items() if value != get(usual, tuple(key.split(".")))]
+    key = next((key for key in suspects if _mentions(error, key)), suspects[0])
+    return f"{key} = {values[key]}: {error.removeprefix(f'`{key}` = {values[key]} ')}"
+
+
+def _mentions(line: str, key: str) -> bool:
+    return re.search(rf"(?<![\w.]){re.escape(key)}(?!\w)", line) is not None
 
 
 def located(problems: list[str], provenance: Mapping[str, str]) -> list[str]:

@@ -8,7 +8,18 @@ from pydantic import Field
 
 from components.config.annotations import describe, toml_literal
 from components.config.optim import ParameterGroup
-from components.config.types import AllOrPositive, Fraction, OpenFraction, Positive, PositiveInt
+from components.config.types import (
+    AllOrPositive,
+    Fraction,
+    NonEmpty,
+    NonNegative,
+    OpenFraction,
+    Positive,
+    PositiveInt,
+    PositiveOrInf,
+    Seconds,
+    Seed,
+)
 from components.config.values import Fault, check, parse_text
 
 
@@ -20,7 +31,11 @@ from components.config.values import Fault, check, parse_text
         (PositiveInt, "an integer of at least 1"),
         (PositiveInt | None, "an integer of at least 1 or none"),
         (AllOrPositive, "-1 or an integer of at least 1"),
-        (Positive, "a number greater than 0"),
+        (Positive, "a finite number greater than 0"),
+        (PositiveOrInf, "a number greater than 0"),
+        (Seed | None, "an integer from 0 to 9223372036854775807 or none"),
+        (Seconds, "an integer from 1 to 31536000"),
+        (NonEmpty, "a string of at least 1 character"),
         (Fraction, "a number from 0 to 1"),
         (OpenFraction, "a number of at least 0 and less than 1"),
         (Literal["a", "b"], 'one of "a", "b"'),
@@ -42,7 +57,8 @@ def test_describe(annotation: Any, words: str) -> None:
     ("annotation", "value", "wanted"),
     [
         (float, 3, 3.0),
-        (Positive, float("inf"), float("inf")),
+        (PositiveOrInf, float("inf"), float("inf")),
+        (Seed | None, 2**63 - 1, 2**63 - 1),
         (int | None, "none", None),
         (tuple[float, float], [0.9, 1], (0.9, 1.0)),
         (AllOrPositive, -1, -1),
@@ -73,6 +89,13 @@ def test_accepted(annotation: Any, value: object, wanted: object) -> None:
         (AllOrPositive, -2),
         (Positive, 0),
         (Positive, float("nan")),
+        (Positive, float("inf")),
+        (NonNegative, float("inf")),
+        (PositiveOrInf, float("nan")),
+        (Seed, -1),
+        (Seed, 2**63),
+        (Seconds, 365 * 24 * 3600 + 1),
+        (NonEmpty, ""),
         (OpenFraction, 1),
         (Literal["a"], "b"),
         (str, {"a": 1}),
@@ -89,7 +112,7 @@ def test_faults_inside_tables() -> None:
     check(list[ParameterGroup], [{"pattern": "x"}, {"patern": "y", "lr_factor": -1.0}], ("g",), faults)
     assert faults == [
         Fault(("g", 1, "patern"), "unknown key; did you mean pattern?"),
-        Fault(("g", 1, "lr_factor"), "must be a number of at least 0", "-1.0"),
+        Fault(("g", 1, "lr_factor"), "must be a finite number of at least 0", "-1.0"),
         Fault(("g", 1), "key 'pattern' is missing: must be a string"),
     ]
 
@@ -101,7 +124,7 @@ def test_faults_inside_tables() -> None:
         (PositiveInt, "1_000", 1000),
         (int, "1.5", "1.5"),
         (float, "1e-3", 0.001),
-        (Positive, "inf", float("inf")),
+        (PositiveOrInf, "inf", float("inf")),
         (bool, "True", True),
         (bool, "yes", "yes"),
         (str, "12", "12"),

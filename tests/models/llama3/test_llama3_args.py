@@ -75,14 +75,14 @@ def test_problems_name_key_and_number() -> None:
         validation=Validation(enable=True, seq_len=200000),
     )
     assert FLAVORS["8B"].problems(job) == [
-        "llama3 has no plan for tensor parallelism yet: parallelism.tensor_parallel_degree = 2; set it to 1",
-        "llama3 has no plan for context parallelism yet: parallelism.context_parallel_degree = 4; set it to 1",
-        "llama3 has no plan for pipeline parallelism yet: parallelism.pipeline_parallel_degree = 8; set it to 1",
-        "llama3 has no plan for expert parallelism yet: parallelism.expert_parallel_degree = 2; set it to 1",
-        "llama3 has no plan for expert-tensor parallelism yet: parallelism.expert_tensor_parallel_degree = 2;"
+        "parallelism.tensor_parallel_degree = 2: llama3 has no plan for tensor parallelism yet; set it to 1",
+        "parallelism.context_parallel_degree = 4: llama3 has no plan for context parallelism yet; set it to 1",
+        "parallelism.pipeline_parallel_degree = 8: llama3 has no plan for pipeline parallelism yet; set it to 1",
+        "parallelism.expert_parallel_degree = 2: llama3 has no plan for expert parallelism yet; set it to 1",
+        "parallelism.expert_tensor_parallel_degree = 2: llama3 has no plan for expert-tensor parallelism yet;"
         " set it to 1",
-        "training.seq_len = 131073 is longer than the 131072 tokens this llama3 flavor was made for; shorten it",
-        "validation.seq_len = 200000 is longer than the 131072 tokens this llama3 flavor was made for; shorten it",
+        "training.seq_len = 131073: longer than the 131072 tokens this llama3 flavor was made for; shorten it",
+        "validation.seq_len = 200000: longer than the 131072 tokens this llama3 flavor was made for; shorten it",
     ]
     assert FLAVORS["8B"].problems(JobConfig()) == []
 

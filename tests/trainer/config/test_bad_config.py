@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 
 from components.runtime.errors import ConfigError
-from trainer.config.load import load_job
-from trainer.config.names import find_model
-from trainer.config.validate import located, validate
+from trainer.config.load import resolve
+from trainer.config.validate import require_valid
 
 
 @pytest.fixture(autouse=True)
@@ -22,14 +21,13 @@ def told(files: dict[str, str], argv: list[str], ranks: int = 1) -> list[str]:
         Path(name).write_text(text)
     argv = [f"--job.config_file={next(iter(files))}", *argv] if files else argv
     try:
-        resolved = load_job(argv, {})
+        require_valid(resolve(argv, {}), ranks)
     except ConfigError as error:
         return list(error.problems)
-    args, problems = find_model(resolved.job)
-    return located(problems + validate(resolved.job, ranks, args), resolved.provenance)
+    return []
 
 
-FILES = {
+FILES: dict[str, tuple[str, ...]] = {
     "unknown key": (
         "[training]\nstepss = 4\n",
         "a.toml:2: training.stepss: unknown key; did you mean training.steps?",
@@ -82,7 +80,35 @@ FILES = {
     ),
     "not a finite rate": (
         "[optimizer]\nlr = nan\n",
-        "a.toml:2: optimizer.lr = nan: must be a number greater than 0",
+        "a.toml:2: optimizer.lr = nan: must be a finite number greater than 0",
+    ),
+    "an infinite rate": (
+        "[optimizer]\nlr = inf\n",
+        "a.toml:2: optimizer.lr = inf: must be a finite number greater than 0",
+    ),
+    "a negative seed": (
+        "[debug]\nseed = -5\n",
+        "a.toml:2: debug.seed = -5: must be an integer from 0 to 9223372036854775807 or none",
+    ),
+    "a timeout of aeons": (
+        "[comm]\ntrain_timeout_seconds = 10000000000\n",
+        "a.toml:2: comm.train_timeout_seconds = 10000000000: must be an integer from 1 to 31536000",
+    ),
+    "a folder without a name": (
+        "[job]\ndump_folder = ''\n",
+        'a.toml:2: job.dump_folder = "": must be a string of at least 1 character',
+    ),
+    "a layout without a plan": (
+        "[parallelism]\ndata_parallel_shard_degree = -1\ntensor_parallel_degree = 2\n",
+        "a.toml:3: parallelism.tensor_parallel_degree = 2: 1 (replicate) × 1 (context) × 2 (tensor) × 1 (pipeline) = 2"
+        " ranks, which does not divide the 1 that there are: start a multiple of 2 ranks, or lower one of these"
+        " degrees",
+        "a.toml:3: parallelism.tensor_parallel_degree = 2: llama3 has no plan for tensor parallelism yet; set it to 1",
+    ),
+    "too long a row": (
+        "[training]\nseq_len = 131073\n",
+        "a.toml:2: training.seq_len = 131073: longer than the 131072 tokens this llama3 flavor was made for; shorten"
+        " it",
     ),
     "zero where -1 means all": (
         "[parallelism]\ndata_parallel_shard_degree = 0\n",
@@ -95,7 +121,7 @@ FILES = {
     "inside an array of tables": (
         "[[optimizer.parameter_groups]]\npattern = 'a'\n"
         "[[optimizer.parameter_groups]]\npattern = 'b'\nlr_factor = -1\n",
-        "a.toml:5: optimizer.parameter_groups[1].lr_factor = -1: must be a number of at least 0",
+        "a.toml:5: optimizer.parameter_groups[1].lr_factor = -1: must be a finite number of at least 0",
     ),
     "missing in an array of tables": (
         "[optimizer]\nparameter_groups = [\n  { pattern = 'a' },\n  { lr_factor = 0 },\n]\n",
@@ -188,8 +214,8 @@ FILES = {
 
 @pytest.mark.parametrize("case", FILES)
 def test_file(case: str) -> None:
-    text, message = FILES[case]
-    assert told({"a.toml": text}, []) == [message]
+    text, *messages = FILES[case]
+    assert told({"a.toml": text}, []) == messages
 
 
 ARGUMENTS = {
@@ -282,15 +308,23 @@ LAYOUTS = {
     "ranks": (
         ["--parallelism.data_parallel_replicate_degree=3"],
         4,
-        ["parallelism: 3 (replicate) × 1 (context) × 1 (tensor) × 1 (pipeline) = 3 ranks, which does not divide the 4"
-         " that there are: start a multiple of 3 ranks, or lower one of these degrees"],
+        ["--parallelism.data_parallel_replicate_degree=3: 3 (replicate) × 1 (context) × 1 (tensor) × 1 (pipeline) = 3"
+         " ranks, which does not divide the 4 that there are: start a multiple of 3 ranks, or lower one of these"
+         " degrees"],
+    ),
+    "ranks, of two degrees the one that can be mended": (
+        ["--parallelism.data_parallel_replicate_degree=2", "--parallelism.data_parallel_shard_degree=3"],
+        4,
+        ["--parallelism.data_parallel_shard_degree=3: 2 (replicate) × 3 (shard) × 1 (context) × 1 (tensor) ×"
+         " 1 (pipeline) = 6 ranks, but there are 4: set `parallelism.data_parallel_shard_degree` to 2 (or to -1: all"
+         " that are left), or start 6 ranks"],
     ),
     "no plan": (
         ["--parallelism.context_parallel_degree=2", "--training.seq_len=30"],
         2,
         ["--training.seq_len=30: must be a multiple of 4, for a tensor-parallel degree of 1 and a context-parallel"
          " degree of 2; take 32",
-         "llama3 has no plan for context parallelism yet: parallelism.context_parallel_degree = 2; set it to 1"],
+         "--parallelism.context_parallel_degree=2: llama3 has no plan for context parallelism yet; set it to 1"],
     ),
 }  # fmt: skip
 
@@ -312,9 +346,94 @@ def test_all_problems_at_once_in_the_order_of_the_sources() -> None:
         "a.toml:3: training.dataloader.num_workers = -1: must be an integer of at least 0",
         "a.toml:5: model.nam: unknown key; did you mean model.name?",
         "a.toml:7: training.steps = 0: must be an integer of at least 1",
-        "--debug.seed=x: must be an integer or none",
+        "--debug.seed=x: must be an integer from 0 to 9223372036854775807 or none",
         "--model.nome=y: unknown key; did you mean model.name?",
     ]
+
+
+def test_all_problems_at_once_of_keys_names_and_layout() -> None:
+    text = (
+        "[model]\nflavor = '7B'\n[training]\nstepss = 4\nseq_len = 'long'\n"
+        "[parallelism]\ndata_parallel_shard_degree = 3\n"
+    )
+    assert told({"a.toml": text}, [], ranks=4) == [
+        "a.toml:4: training.stepss: unknown key; did you mean training.steps?",
+        'a.toml:5: training.seq_len = "long": must be an integer of at least 1',
+        "a.toml:2: model.flavor = '7B': no such flavor of llama3; allowed: 1B, 3B, 405B, 70B, 8B, debugmodel"
+        " (did you mean '70B'?)",
+        "a.toml:7: parallelism.data_parallel_shard_degree = 3: 1 (replicate) × 3 (shard) × 1 (context) × 1 (tensor) ×"
+        " 1 (pipeline) = 3 ranks, but there are 4: set `parallelism.data_parallel_shard_degree` to 4 (or to -1: all"
+        " that are left), or start 3 ranks",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("argv", "problem"),
+    [
+        (["--model.name=", "--model.flavor"], "--model.flavor: a value is missing: must be a string"),
+        (
+            ["--training.local_batch_size=0", "--training.global_batch_size=9"],
+            "--training.local_batch_size=0: must be an integer of at least 1",
+        ),
+        (
+            ["--parallelism.tensor_parallel_degree=x", "--parallelism.data_parallel_shard_degree=3"],
+            "--parallelism.tensor_parallel_degree=x: must be an integer of at least 1",
+        ),
+        (
+            ["--job.dump_folder=", "--checkpoint.folder=.."],
+            "--job.dump_folder=: must be a string of at least 1 character",
+        ),
+    ],
+)
+def test_what_follows_from_a_refused_value_is_not_told(argv: list[str], problem: str) -> None:
+    assert told({}, argv, ranks=2) == [problem]
+
+
+def test_a_later_source_mends_the_value_but_not_the_fault() -> None:
+    Path("a.toml").write_text("[training]\nlocal_batch_size = 0\n")
+    argv = ["--job.config_file=a.toml", "--training.local_batch_size=4", "--training.global_batch_size=9"]
+    resolved = resolve(argv, {})
+    assert (resolved.job.training.local_batch_size, resolved.refused) == (4, frozenset())
+    assert told({}, argv) == [
+        "a.toml:2: training.local_batch_size = 0: must be an integer of at least 1",
+        "--training.global_batch_size=9: must be a multiple of training.local_batch_size × data-parallel degree ="
+        " 4 × 1 = 4; take 8 or 12, or another local_batch_size",
+    ]
+
+
+def test_a_refused_value_leaves_the_default() -> None:
+    Path("base.toml").write_text("[training]\nsteps = 4\nseq_len = 4\n")
+    Path("a.toml").write_text("extends = 'base.toml'\n[training]\nsteps = 'x'\n")
+    resolved = resolve(["--job.config_file=a.toml"], {})
+    assert (resolved.job.training.steps, resolved.job.training.seq_len) == (10000, 4)
+    assert resolved.refused == {"training.steps"}
+    assert resolved.problems == ['a.toml:3: training.steps = "x": must be an integer of at least 1']
+
+
+REQUIRED = """
+from dataclasses import dataclass, field
+
+@dataclass(kw_only=True)
+class Training:
+    budget: int
+
+@dataclass
+class JobConfig:
+    training: Training = field(default_factory=Training)
+"""
+
+
+@pytest.mark.parametrize(
+    ("argv", "problem"),
+    [
+        ([], "training.budget: is missing: must be an integer"),
+        (["--training.budget=x"], "--training.budget=x: must be an integer"),
+    ],
+)
+def test_without_a_required_key_there_is_nothing_to_go_on_from(argv: list[str], problem: str) -> None:
+    Path("required_config.py").write_text(REQUIRED)
+    argv = ["--job.custom_config_module=required_config", "--model.flavor=7B", *argv]
+    assert told({}, argv) == [problem]
 
 
 def test_not_utf8() -> None:

@@ -308,7 +308,7 @@ def test_405b_is_refused_only_for_what_is_live() -> None:
         " train without them: converters = []",
         "parallelism.enable_async_tensor_parallel = true: not yet supported: tensor parallelism does not overlap its"
         " communication yet; set it to false",
-        "llama3 has no plan for tensor parallelism yet: parallelism.tensor_parallel_degree = 8; set it to 1",
+        "parallelism.tensor_parallel_degree = 8: llama3 has no plan for tensor parallelism yet; set it to 1",
     ]
 
 
