@@ -39,7 +39,7 @@ def read_toml(name: str) -> TomlFile:
     """Read one file. Raises ConfigError, with line and column for what is not TOML."""
     try:
         with open(name, "rb") as file:
-            text = file.read().decode()
+            text = file.read().decode("utf-8-sig")  # some editors put a mark before the first line
         values = tomli.loads(text)
     except OSError as error:
         raise ConfigError(f"{name}: cannot be read: {error.strerror}; check the path and the current folder") from error

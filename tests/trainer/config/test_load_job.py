@@ -183,3 +183,10 @@ def test_custom_keys_are_checked() -> None:
 def test_torchtitans_modules_are_not_imported() -> None:
     load_job(["--job.custom_config_module=torchtitan.experiments.x.job_config"], {})
     assert not any(name.startswith("torchtitan") for name in sys.modules)
+
+
+def test_a_mark_before_the_first_line_is_no_part_of_it(tmp_path: Path) -> None:
+    file = tmp_path / "a.toml"
+    file.write_bytes(b"\xef\xbb\xbf[training]\nsteps = 7\n")
+    resolved = load_job([f"--job.config_file={file}"], {})
+    assert (resolved.job.training.steps, resolved.provenance["training.steps"]) == (7, f"{file}:2")
