@@ -178,7 +178,7 @@ def test_on_nonfinite(done: dict[str, Done]) -> None:
 def test_on_end(done: dict[str, Done]) -> None:
     assert len(done["on_end repeat"].steps) == 3
     assert len(done["on_end stop"].steps) == 1
-    assert "[rank 0] warning: the data ended after step 1 of 3\n" in done["on_end stop"].log
+    assert "\nthe data ended after step 1 of 3\n" in done["on_end stop"].log
 
 
 @shows("data.on_bad_record")

@@ -114,6 +114,7 @@ def test_several_machines_pass_their_variables_on() -> None:
     assert torchrun_arguments({}, 2, 1)[2:] == ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
 
 
+@pytest.mark.slow
 def test_two_machines_train_one_job(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -218,6 +219,7 @@ def test_an_error_of_one_rank_is_not_drowned_by_the_others(tmp_path: Path) -> No
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_ranks_do_not_outlive_their_launcher(tmp_path: Path) -> None:
     child = start(tmp_path)
     ranks = workers(child.pid)
@@ -229,6 +231,7 @@ def test_ranks_do_not_outlive_their_launcher(tmp_path: Path) -> None:
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
     for arguments in ("--help", "check", f"--job.dump_folder={tmp_path} {' '.join(QUIET)}"):
         command = f"set -o pipefail; {SCRIPT} {arguments} | head -n 1; echo code ${{PIPESTATUS[0]}}"

@@ -188,6 +188,7 @@ def test_weights_of_another_job_start_a_new_one(whole: Path, tmp_path: Path) -> 
     assert tuned[0]["loss"] < fresh[0]["loss"] - 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.shows("checkpoint.exclude_from_loading")
 def test_parts_that_are_left_out_start_anew(whole: Path, tmp_path: Path) -> None:
     def third(name: str, *parts: str) -> dict[str, Any]:

@@ -61,6 +61,7 @@ def test_equal_blocks_share_one_graph() -> None:
     assert run_ranks(1, _compare, kinds, Degrees(), backend=None) == [[(2, True), (2, True), (4, True), (2, True)]]
 
 
+@pytest.mark.slow
 def test_equal_blocks_share_one_graph_under_fsdp() -> None:
     assert run_ranks(2, _compare, [NONE, BY_OP], Degrees(dp_shard=2)) == [[(2, True), (2, True)]] * 2
 
