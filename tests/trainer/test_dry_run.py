@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from models.train_spec import get_args
 from tests.ranks import run_ranks
 from tests.trainer.runs import ROOT, TINY, Outcome, call, meeting_point
+from trainer.config.load import load_job
 
 NO_DATA = ("--comm.mode=fake_backend", "--training.dataset_path=/nowhere", "--model.hf_assets_path=/nowhere")
 
@@ -79,6 +80,17 @@ def test_the_published_8b_on_64_ranks() -> None:
     assert 2 * share <= elements < 2 * share + 1000  # two moments, and a step counter for each parameter
     assert size == 4 * elements
     assert math.isclose(get_args("llama3", "8B").flops_per_token(8192), 5.148e10, rel_tol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", sorted(ROOT.glob("models/*/train_configs/*.toml")), ids=lambda path: path.stem)
+def test_every_shipped_job_can_be_built(config: Path) -> None:
+    job = load_job([f"--job.config_file={config}"], {}).job
+    args = get_args(job.model.name, job.model.flavor)
+    text = dry_run(8, f"--job.config_file={config}", timeout=300)
+    assert f"{args.parameter_count():,} parameters" in text
+    assert held(text)["parameters"][0] >= args.parameter_count() / 8
+    assert held(text)["gradients"][0] == held(text)["parameters"][0]
 
 
 def test_it_refuses_what_a_real_run_would() -> None:
