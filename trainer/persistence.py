@@ -19,7 +19,7 @@ from components.checkpoint.fingerprint import JobIdentity
 from components.checkpoint.manifest import Manifest
 from components.checkpoint.state import ALL_BUT_MODEL, check_exclude, model_tensors, optimizer_tensors
 from components.config.job_config import JobConfig
-from components.runtime.errors import ConfigError
+from components.runtime.errors import CheckpointError, ConfigError
 from components.runtime.logging import logger
 
 if TYPE_CHECKING:
@@ -97,7 +97,15 @@ class Persistence:
     @property
     def saved_sizes(self) -> dict[str, int]:
         """Sizes that the job which will be resumed had derived (`settle.sizes`); empty for a new one."""
-        return {} if self.source is None or self.source.model_only else self.source.manifest.layout["sizes"]
+        if self.source is None or self.source.model_only:
+            return {}
+        found = self.source.manifest.layout.get("sizes")
+        if not isinstance(found, dict) or not all(type(size) is int and size > 0 for size in found.values()):
+            raise CheckpointError(
+                f"checkpoint {self.source.describe()}: its manifest does not say the sizes of its batches: it is not of"
+                " this version of Espalier; start from its weights with checkpoint.initial_load_path"
+            )
+        return found
 
     def load(self, parts: Parts, identity: JobIdentity) -> Progress:
         """Bring the parts to where the source left them, in place. Returns how far that was; a new job is at step 0.

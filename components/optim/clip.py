@@ -94,6 +94,6 @@ def _norms_by_row(gradients: list[Tensor]) -> list[Tensor]:
     """Norms of the rows of each gradient, fp32.
 
     A CPU's fp32 norm adds up in a few long chains: over a million elements it is off by 1e-4, and by how much depends
-    on the length of the shard. Accelerators add up in a tree, and have one kernel for all gradients.
+    on the length of the shard. Accelerators have one kernel for all gradients; how far it drifts is not measured.
     """
     return [torch.linalg.vector_norm(g, dim=-1, dtype=torch.float32) for g in gradients]

@@ -2,14 +2,20 @@
 
 import json
 import shutil
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
 from components.checkpoint.checkpointer import Checkpointer
+from components.checkpoint.fingerprint import JobIdentity
+from components.checkpoint.manifest import Manifest
+from components.runtime.errors import CheckpointError
 from tests.trainer.runs import facts, launch, records, train
+from trainer.persistence import Persistence, Source
 
 SAVING = ("--checkpoint.enable", "--checkpoint.interval=2", "--training.steps=6", "--data.document_mask")
 
@@ -217,3 +223,25 @@ def test_load_only_saves_nothing(whole: Path, tmp_path: Path) -> None:
     folder = copy(whole, tmp_path / "run", 4)
     train(2, folder, *SAVING, "--checkpoint.load_only")
     assert sorted(path.name for path in (folder / "checkpoint").iterdir()) == ["step-2", "step-4"]
+
+
+def test_an_environment_without_the_package_installed_trains_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set-up takes an active environment that satisfies the ranges, and only puts the checkout on the path."""
+
+    def absent(package: str) -> str:
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr("components.runtime.provenance.version", absent)
+    identity = JobIdentity({})
+    assert (identity.versions["espalier"], identity.versions["torch"]) == ("n/a", "n/a")
+
+
+@pytest.mark.parametrize("sizes", [None, "many", {"training.global_batch_size": "12"}])
+def test_a_manifest_without_sizes_is_refused_in_words(sizes: object) -> None:
+    manifest = SimpleNamespace(layout={} if sizes is None else {"sizes": sizes})
+    persistence = object.__new__(Persistence)
+    persistence.source = Source(4, cast(Manifest, manifest), model_only=False)
+    with pytest.raises(
+        CheckpointError, match=r"^checkpoint step-4: its manifest does not say the sizes of its batches"
+    ):
+        _ = persistence.saved_sizes
