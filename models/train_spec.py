@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from components.metrics.sinks import Sinks
     from components.optim.optimizers import Optimizers
     from components.optim.schedule import LRSchedule
+    from components.parallel.pipeline import Stage
     from components.runtime.world import World
 
 ENTRY_POINT_GROUP = "espalier.train_specs"
@@ -146,8 +147,13 @@ class TrainSpec:
     """Flavor → arguments."""
     parallelize_fn: Callable[[nn.Module, ParallelDims, JobConfig, torch.dtype], nn.Module]
     """(model, dims, job, compute dtype) → the model laid out over the mesh; usually the family's plan and one call."""
-    pipelining_fn: Callable[..., Any] | None = None
-    """Cuts the model into pipeline stages; None: the family has no plan for pipeline parallelism."""
+    pipelining_fn: Callable[[nn.Module, ParallelDims, JobConfig], list[Stage]] | None = None
+    """(whole model on the meta device, dims, job) → this rank's pipeline stages, in order; None: the family has no plan
+    for pipeline parallelism."""
+    inputs: tuple[str, ...] = ("positions", "document_ids")
+    """What the model reads of each token besides its id, as keyword arguments (rows, seq): `positions`, `document_ids`
+    (only with `data.document_mask`), `shares` (each token's share of the step's loss: 1 / valid tokens of the global
+    batch, 0 without a valid label; only in training)."""
     build_optimizers_fn: Callable[[Sequence[nn.Module], JobConfig, torch.device], Optimizers] = build_default_optimizers
     """(model parts, job, device) → optimizers."""
     build_lr_schedulers_fn: Callable[[Optimizers, JobConfig], LRSchedule] = build_default_lr_schedulers

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from components.config.job_config import JobConfig
 from components.layers.initialize import Init, initialize
 from components.mesh.parallel_dims import ParallelDims
+from components.parallel.pipeline import Stage
+from components.runtime.errors import MeshError
 from models.train_spec import ModelArgs, TrainSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -22,8 +24,11 @@ class Model(Protocol):
     output: nn.Module
     """The head, which the loss calls."""
 
-    def __call__(self, tokens: Tensor, positions: Tensor, document_ids: Tensor | None) -> Tensor:
-        """Token ids (rows, seq) → hidden states (rows, seq, dim) after the final norm."""
+    def __call__(self, x: Tensor, **inputs: Tensor) -> Tensor:
+        """Token ids (rows, seq), or a later stage's hidden states → hidden states (rows, seq, dim).
+
+        `inputs` are the per-token tensors (rows, seq) that `TrainSpec.inputs` names.
+        """
         ...
 
     def inits(self) -> dict[str, Init]:
@@ -54,7 +59,7 @@ def materialize(model: nn.Module, device: torch.device | str) -> None:
             setattr(model.get_submodule(module), leaf, model.get_parameter(first))
 
 
-def build_model(
+def build_stages(
     spec: TrainSpec,
     args: ModelArgs,
     job: JobConfig,
@@ -62,12 +67,27 @@ def build_model(
     device: torch.device,
     dtype: torch.dtype,
     seed: int,
-) -> nn.Module:
-    """The model, laid out over the mesh, with the values that `seed` gives it whatever the layout.
+) -> list[Stage]:
+    """This rank's stages of the model, laid out over the mesh, with the values that `seed` gives them whatever the
+    layout; without pipeline parallelism one, the whole model.
 
     `dtype` is the type of compute. With CPU offload the parameters' memory is the host's.
     """
-    model = spec.parallelize_fn(build_on_meta(spec, args, job), dims, job, dtype)
-    materialize(model, "cpu" if job.training.enable_cpu_offload else device)
-    initialize(model, cast(Model, model).inits(), seed)
-    return model
+    stages = cut(spec, build_on_meta(spec, args, job), dims, job)
+    for stage in stages:
+        model = spec.parallelize_fn(stage.module, dims, job, dtype)
+        materialize(model, "cpu" if job.training.enable_cpu_offload else device)
+        initialize(model, cast(Model, model).inits(), seed)
+    return stages
+
+
+def cut(spec: TrainSpec, model: nn.Module, dims: ParallelDims, job: JobConfig) -> list[Stage]:
+    """This rank's stages of a whole model. Raises MeshError if the family has no plan for them."""
+    if dims.degrees.pp == 1:
+        return [Stage(0, 1, model)]
+    if spec.pipelining_fn is None:
+        raise MeshError(
+            f"parallelism.pipeline_parallel_degree = {dims.degrees.pp}: this model family has no plan for pipeline"
+            " parallelism: set it to 1"
+        )
+    return spec.pipelining_fn(model, dims, job)

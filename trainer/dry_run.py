@@ -22,7 +22,7 @@ from components.optim.clip import clip_gradients
 from components.runtime import distributed
 from components.runtime.device import compute_dtype
 from models.train_spec import families, get_args
-from trainer.build import build_model
+from trainer.build import build_stages
 from trainer.settle import settle
 from trainer.trainer import Trainer
 
@@ -42,18 +42,19 @@ class DryTrainer(Trainer):
         self.dtype = compute_dtype(job.training.mixed_precision_param, DEVICE, dry_run=True)
         self.spec = families[job.model.name].load()
         self.args = get_args(job.model.name, job.model.flavor)
-        self.model = build_model(self.spec, self.args, self.job, dims, DEVICE, self.dtype, seed=0)
+        stages = build_stages(self.spec, self.args, self.job, dims, DEVICE, self.dtype, seed=0)
+        self.models = [stage.module for stage in stages]
         self.loss_fn = self.spec.build_loss_fn(self.job)
-        self.optimizers = self.spec.build_optimizers_fn([self.model], self.job, DEVICE)
+        self.optimizers = self.spec.build_optimizers_fn(self.models, self.job, DEVICE)
 
     def step(self) -> Footprint:
         """One step on rows without content; what the rank then holds."""
         rows = self.job.training.global_batch_size // self.dims.data_degree
         blank = torch.zeros(rows, self.job.training.seq_len, dtype=torch.int64)
         self.accumulate(Batch(blank, blank, blank, blank))
-        clip_gradients(self.model.parameters(), self.job.training.max_norm)
+        clip_gradients((p for model in self.models for p in model.parameters()), self.job.training.max_norm)
         self.optimizers.step()
-        return footprint(self.model, self.optimizers.named_state().values())
+        return footprint(self.models, self.optimizers.named_state().values())
 
 
 def dry_run(job: JobConfig, notes: list[str], ranks: int) -> int:

@@ -45,13 +45,13 @@ class Progress:
 class Parts:
     """What is saved of a job, besides its progress."""
 
-    model: nn.Module
+    models: list[nn.Module]
     optimizers: Optimizers
     loader: Loader
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that is a tensor, as `<part>.<name>`; the very tensors, to save from or load into."""
-        return {**model_tensors([self.model]), **optimizer_tensors(self.optimizers.named_state())}
+        return {**model_tensors(self.models), **optimizer_tensors(self.optimizers.named_state())}
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class Persistence:
         """Save the job as it is after `progress.step`. `table`: the loader's, from `gather_table`. Collective."""
         if weights_only:
             dtype = EXPORT_DTYPES[self.config.export_dtype]
-            self.store.save_model(progress.step, model_tensors([parts.model]), identity, dtype)
+            self.store.save_model(progress.step, model_tensors(parts.models), identity, dtype)
         else:
             state = {
                 "train_state": {"step": progress.step, "tokens": progress.tokens},

@@ -24,6 +24,7 @@ from components.metrics.flops import peak_flops
 from components.metrics.meter import Meter, StepValues, largest_row_mean, reduce_step
 from components.metrics.profiler import Profiler
 from components.optim.clip import gradient_norm, scale_gradients
+from components.parallel.context import split_sequence
 from components.parallel.data import needs_process_group, set_gradient_sync
 from components.runtime import distributed, logging, seeds
 from components.runtime.collect import GarbageCollector
@@ -35,7 +36,7 @@ from components.runtime.provenance import git_revision
 from components.runtime.world import World
 from models.train_spec import families, get_args
 from trainer import nonfinite
-from trainer.build import DTYPES, Model, build_model
+from trainer.build import DTYPES, Model, build_stages
 from trainer.config.output import to_toml
 from trainer.persistence import Parts, Persistence
 from trainer.report import describe_job, save_run
@@ -70,13 +71,14 @@ class Trainer:
         self.tokenizer = self.spec.build_tokenizer_fn(self.job)
         self.loader = self.build_loader()
         # what learns, and how
-        self.model = build_model(self.spec, self.args, self.job, self.dims, self.device, self.dtype, self.seed)
-        self.parameters = list(self.model.parameters())
+        stages = build_stages(self.spec, self.args, self.job, self.dims, self.device, self.dtype, self.seed)
+        self.models = [stage.module for stage in stages]
+        self.parameters = [parameter for model in self.models for parameter in model.parameters()]
         self.loss_fn = self.spec.build_loss_fn(self.job)
-        self.optimizers = self.spec.build_optimizers_fn([self.model], self.job, self.device)
+        self.optimizers = self.spec.build_optimizers_fn(self.models, self.job, self.device)
         self.schedule = self.spec.build_lr_schedulers_fn(self.optimizers, self.job)
         # where it stands
-        self.parts = Parts(self.model, self.optimizers, self.loader)
+        self.parts = Parts(self.models, self.optimizers, self.loader)
         self.progress = self.persistence.load(self.parts, self.identity)
         self.validator = (self.spec.build_validator_fn or Validator)(self) if job.validation.enable else None
         # what it tells
@@ -178,7 +180,7 @@ class Trainer:
     def train_step(self, rows: StepRows) -> StepValues:
         """One optimizer step: gradients of the global batch's mean loss, clipped, applied if finite."""
         local, valid = self.accumulate(rows.batch.to(self.device))
-        total = reduce_step(local.sums.sum(), local.counts.sum(), largest_row_mean(local), self.dims.group("loss"))
+        total = reduce_step(local.sums.sum(), local.counts.sum(), largest_row_mean(local), self.dims.group("batch"))
         norm = gradient_norm(self.parameters).to(self.device)  # offloaded gradients have theirs on the host
         facts = torch.stack([total.loss_sum / valid, total.max_loss, norm, total.count])  # float64, exact for counts
         loss, max_loss, grad_norm, count = facts.tolist()
@@ -193,33 +195,62 @@ class Trainer:
 
     def accumulate(self, batch: Batch) -> tuple[RowLoss, Tensor]:
         """Gradients of this rank's rows, and the rows' losses; the divisor is the valid labels of the global batch."""
+        batch = self.split(batch)
         valid = distributed.all_reduce_sum((batch.labels != IGNORE).sum(), self.dims.group("loss")).clamp(min=1)
         results: list[RowLoss] = []
         pieces = self.microbatches(batch, self.job.training.local_batch_size)
         for index, piece in enumerate(pieces):
-            set_gradient_sync(self.model, last=index == len(pieces) - 1)
-            result = self.forward(piece)
-            (result.sums.sum() / valid).backward()
-            results.append(RowLoss(result.sums.detach(), result.counts))
-        return RowLoss(torch.cat([r.sums for r in results]), torch.cat([r.counts for r in results])), valid
+            results.append(self.forward_backward(piece, valid, last=index == len(pieces) - 1))
+        local = RowLoss(torch.cat([r.sums for r in results]), torch.cat([r.counts for r in results]))
+        return self.whole_rows(local), valid
+
+    def split(self, batch: Batch) -> Batch:
+        """This rank's part of each of its rows."""
+        return split_sequence(batch, self.dims.axis("cp"), self.job.parallelism)
+
+    def forward_backward(self, batch: Batch, valid: Tensor, last: bool) -> RowLoss:
+        """Adds the gradients of one microbatch. `last` of the step: replicas may then add up theirs."""
+        for model in self.models:
+            set_gradient_sync(model, last)
+        result = self.forward(batch, valid)
+        (result.sums.sum() / valid).backward()
+        return RowLoss(result.sums.detach(), result.counts)
+
+    def whole_rows(self, local: RowLoss) -> RowLoss:
+        """The losses of whole rows, from those of their parts and of the stages, of which only the last has any."""
+        for name in ("cp", "pp"):
+            for values in local:
+                distributed.all_reduce_sum(values, self.dims.group(name))
+        return local
 
     def microbatches(self, batch: Batch, size: int) -> list[Batch]:
         """The rank's rows of a step, cut in order; the last piece may be smaller."""
         return [batch.slice(start, start + size) for start in range(0, batch.rows, size)]
 
-    def forward(self, batch: Batch) -> RowLoss:
+    def forward(self, batch: Batch, valid: Tensor | None = None) -> RowLoss:
         """Rows → sums of losses and counts of labels: the one forward path of training and validation."""
-        batch = batch.to(self.device)
-        model = cast(Model, self.model)
-        documents = batch.document_ids if self.job.data.document_mask else None
-        hidden = model(batch.tokens, batch.positions, documents)
+        model = cast(Model, self.models[-1])
+        hidden = model(batch.tokens, **self.inputs(batch, valid))
         return self.loss_fn(hidden, model.output, batch)
+
+    def inputs(self, batch: Batch, valid: Tensor | None) -> dict[str, Tensor]:
+        """What the model reads of each token besides its id (`TrainSpec.inputs`)."""
+        found = {"positions": batch.positions}
+        if self.job.data.document_mask:
+            found["document_ids"] = batch.document_ids
+        if valid is not None:
+            found["shares"] = (batch.labels != IGNORE) / valid
+        return {name: value for name, value in found.items() if name in self.spec.inputs}
+
+    def evaluate(self, batch: Batch) -> RowLoss:
+        """The losses of whole rows, without gradients."""
+        return self.whole_rows(self.forward(self.split(batch.to(self.device))))
 
     def accept(self, loss: float, grad_norm: float, local_sums: Tensor) -> bool:
         """Whether the step may change the weights. Raises NonFiniteError under `training.on_nonfinite = "stop"`."""
         if nonfinite.is_finite(loss, grad_norm):
             return True
-        where = nonfinite.first_nonfinite(self.model.named_parameters())
+        where = nonfinite.first_nonfinite(pair for model in self.models for pair in model.named_parameters())
         text = nonfinite.describe(self.progress.step, loss, grad_norm, float(local_sums.sum()), where)
         if self.job.training.on_nonfinite == "stop":
             raise NonFiniteError(f"not finite before the optimizer step, weights are unchanged: {text}")

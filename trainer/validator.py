@@ -30,18 +30,19 @@ class Validator:
     def validate(self, step: int) -> float:
         """The mean loss after `step` steps, equal on all ranks. Collective. Raises DataError without a valid token."""
         trainer = self.trainer
-        group = trainer.dims.group("loss")
         loss = torch.zeros((), dtype=torch.float64, device=trainer.device)
         count = torch.zeros((), dtype=torch.int64, device=trainer.device)
-        trainer.model.eval()
+        for model in trainer.models:
+            model.eval()
         steps = self.loader.steps(trainer.dims.group("batch"), trainer.device)
         for rows in itertools.islice(steps, None if self.config.steps == -1 else self.config.steps):
             for batch in trainer.microbatches(rows.batch, self.config.local_batch_size):
-                result = trainer.forward(batch)
+                result = trainer.evaluate(batch)
                 loss += result.sums.sum()
                 count += result.counts.sum()
-        trainer.model.train()
-        total = reduce_step(loss, count, torch.zeros((), device=trainer.device), group)
+        for model in trainer.models:
+            model.train()
+        total = reduce_step(loss, count, torch.zeros((), device=trainer.device), trainer.dims.group("batch"))
         if not total.count:
             raise DataError(
                 f"validation.dataset = {self.config.dataset!r}: no valid label token in it, nothing to judge by"

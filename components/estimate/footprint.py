@@ -58,9 +58,9 @@ def amount(tensors: Iterable[Tensor]) -> Amount:
     return Amount(sum(t.numel() for t in local), sum(t.numel() * t.element_size() for t in local))
 
 
-def footprint(model: nn.Module, optimizer_state: Iterable[Tensor]) -> Footprint:
+def footprint(models: Iterable[nn.Module], optimizer_state: Iterable[Tensor]) -> Footprint:
     """The footprint after a backward pass: gradients are those that are there."""
-    parameters = list(model.parameters())
+    parameters = [parameter for model in models for parameter in model.parameters()]
     return Footprint(
         amount(parameters), amount(p.grad for p in parameters if p.grad is not None), amount(optimizer_state)
     )

@@ -28,6 +28,14 @@ def document_mask(document_ids: Tensor) -> Tensor:
     return (same & causal)[:, None]
 
 
+class AttentionMask(nn.Module):
+    """Makes the mask that all blocks of a forward pass share. A module, so that context parallelism can replace it."""
+
+    def forward(self, document_ids: Tensor | None) -> Tensor | None:
+        """`document_mask`, or None without documents: causal attention over the whole row. # (rows, seq)"""
+        return None if document_ids is None else document_mask(document_ids)
+
+
 class InnerAttention(nn.Module):
     """Attention proper: queries, keys, values in, values out. A module, so that context parallelism can wrap it."""
 

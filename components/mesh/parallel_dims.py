@@ -20,6 +20,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from components.mesh.collectives import Axis
 from components.mesh.degrees import Degrees
 from components.runtime.errors import MeshError
 
@@ -86,6 +87,11 @@ class ParallelDims:
         if "dense" not in self._views:
             return None
         return self._views["dense"][("dp_replicate", "fsdp") if self.degrees.dp_replicate > 1 else ("fsdp",)]
+
+    def axis(self, name: str) -> Axis | None:
+        """One dimension for `components.mesh.collectives`; None if its size is 1."""
+        mesh = self.mesh(name)
+        return None if mesh is None else Axis(mesh.get_group(), mesh.size(), mesh.get_local_rank())
 
     @property
     def data_rank(self) -> int:

@@ -1,8 +1,43 @@
 """Plan: what a model tells the generic appliers about itself. A model says what it is; `components.parallel` does the
-rest.
+rest. Torch-free.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """A module whose inside sees whole sequences: its first input, a piece of each sequence, is gathered at its entry.
+
+    Around such modules hidden states are cut along the sequence (sequence parallelism).
+    """
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A linear layer whose output features are dealt to ranks. It stands inside of a `Gathered` module."""
+
+    unit: int = 1
+    """Features that must stay together: a head's width. Where there are fewer units than ranks, each rank computes the
+    unit that it needs, and the weight is replicated."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A linear layer whose input features are dealt to ranks; its output, their sum, is cut along the sequence."""
+
+    unit: int = 1
+    """As in Columns, whose output this layer takes."""
+
+
+@dataclass(frozen=True)
+class Replicated:
+    """A module that every rank holds whole and uses on its own tokens or heads; its gradients are summed. Norms."""
+
+
+Style = Gathered | Columns | Rows | Replicated
+"""How tensor parallelism treats one module."""
 
 
 @dataclass(frozen=True)
@@ -15,7 +50,7 @@ class Plan:
     blocks: tuple[str, ...]
     """The repeated blocks: the unit of recompute, of compile and of sharding."""
     embedding: str
-    """The input embedding; sharded on its own."""
+    """The input embedding; sharded on its own, and by vocabulary under tensor parallelism."""
     head: str
     """The output head, sharded on its own: the loss calls it after the model's forward has returned. What is between
     the blocks and the head (the final norm) belongs to the root."""
@@ -23,3 +58,16 @@ class Plan:
     """Modules whose parameters stay fp32 under mixed precision."""
     tied: tuple[tuple[str, str], ...] = ()
     """Pairs of parameter names that are one parameter (in some flavors); the root then holds them."""
+    tensor: Mapping[str, Style] = field(default_factory=dict)
+    """Tensor-parallel style of modules. Every parameter is in one of them, in the embedding, the head, or the experts.
+    Empty: the model has no plan for tensor parallelism."""
+    attention: tuple[str, ...] = ()
+    """The modules of attention proper (`InnerAttention`), which context parallelism replaces the inside of. Empty: the
+    model has no plan for context parallelism."""
+    mask: str = ""
+    """The module (`AttentionMask`) that makes the mask that these modules get."""
+    experts: tuple[str, ...] = ()
+    """The mixture-of-experts layers (`MoE`). Empty: the model has no experts to deal."""
+    order: tuple[str, ...] = ()
+    """All modules that hold parameters, in the order in which they run: where a pipeline can cut. Empty: the model has
+    no plan for pipeline parallelism."""

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from components.layers.attention import Attention, document_mask
+from components.layers.attention import Attention, AttentionMask
 from components.layers.feed_forward import FeedForward
 from components.layers.head import Head
 from components.layers.initialize import Constant, Init, Normal
@@ -32,6 +32,7 @@ class Llama3(nn.Module):
     def __init__(self, args: Llama3Args) -> None:
         super().__init__()
         self.args = args
+        self.mask = AttentionMask()
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
         self.layers = nn.ModuleDict({str(i): Block(args) for i in range(args.n_layers)})
         self.norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
@@ -39,20 +40,22 @@ class Llama3(nn.Module):
         if args.tied_embeddings:
             self.output.weight = self.tok_embeddings.weight
 
-    def forward(self, tokens: Tensor, positions: Tensor, document_ids: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, document_ids: Tensor | None = None) -> Tensor:
         """Hidden states after the final norm; `output` makes logits of them.
 
+        A pipeline stage has `nn.Identity` where another stage has a module, and fewer blocks.
+
         Args:
-            tokens: Token ids, int64. # (rows, seq)
+            x: Token ids, int64 # (rows, seq), or in a later stage hidden states. # (rows, seq, dim)
             positions: Position of each token, int64. # (rows, seq)
             document_ids: Number of each token's document: attention stays within it. None: plain causal. # (rows, seq)
 
         Returns:
             # (rows, seq, dim)
         """
-        mask = None if document_ids is None else document_mask(document_ids)
+        mask = self.mask(document_ids)
         turn = rotation(positions, self._frequencies(positions))
-        x = self.tok_embeddings(tokens)
+        x = self.tok_embeddings(x)
         for block in self.layers.values():
             x = block(x, turn, mask)
         return self.norm(x)

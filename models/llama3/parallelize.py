@@ -1,21 +1,46 @@
 """How Llama 3 is laid out: what the model is, as a Plan, and one call to the applier that all models share."""
 
+from typing import cast
+
 import torch
 from torch import nn
 
 from components.config.job_config import JobConfig
 from components.mesh.parallel_dims import ParallelDims
-from components.mesh.plan import Plan
+from components.mesh.plan import Columns, Gathered, Plan, Replicated, Rows
 from components.parallel.apply import parallelize
+from models.llama3.args import Llama3Args
+from models.llama3.model import Llama3
 
-PLAN = Plan(
-    blocks=("layers.*",),
-    embedding="tok_embeddings",
-    head="output",
-    tied=(("tok_embeddings.weight", "output.weight"),),
-)
+
+def llama3_plan(args: Llama3Args) -> Plan:
+    """What a Llama 3 of this shape is."""
+    heads = Columns(unit=args.head_dim)
+    return Plan(
+        blocks=("layers.*",),
+        embedding="tok_embeddings",
+        head="output",
+        tied=(("tok_embeddings.weight", "output.weight"),),
+        tensor={
+            "layers.*.attention_norm": Replicated(),
+            "layers.*.attention": Gathered(),
+            "layers.*.attention.wq": heads,
+            "layers.*.attention.wk": heads,
+            "layers.*.attention.wv": heads,
+            "layers.*.attention.wo": Rows(unit=args.head_dim),
+            "layers.*.ffn_norm": Replicated(),
+            "layers.*.feed_forward": Gathered(),
+            "layers.*.feed_forward.w1": Columns(),
+            "layers.*.feed_forward.w3": Columns(),
+            "layers.*.feed_forward.w2": Rows(),
+            "norm": Replicated(),
+        },
+        attention=("layers.*.attention.inner",),
+        mask="mask",
+        order=("tok_embeddings", "layers.*", "norm", "output"),
+    )
 
 
 def parallelize_llama3(model: nn.Module, dims: ParallelDims, job: JobConfig, dtype: torch.dtype) -> nn.Module:
-    """The model laid out over the mesh: recompute, compile, data parallelism; `dtype` is the type of compute."""
-    return parallelize(model, PLAN, dims, job, dtype)
+    """The model, or a pipeline stage of it, laid out over the mesh; `dtype` is the type of compute."""
+    return parallelize(model, llama3_plan(cast(Llama3, model).args), dims, job, dtype)

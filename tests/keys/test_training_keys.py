@@ -22,7 +22,7 @@ from models.train_spec import families
 from tests.keys.jobs import Done, makers, run_jobs
 from tests.ranks import run_ranks
 from tests.trainer.runs import ROOT
-from trainer.build import build_model
+from trainer.build import build_stages
 from trainer.config.load import load_job
 
 shows = pytest.mark.shows
@@ -199,7 +199,7 @@ def offloaded(offload: bool) -> str:
         JobConfig(training=training),
     )
     dims = ParallelDims.build(Degrees(), "cpu")
-    model = build_model(spec, args, job, dims, torch.device("meta"), torch.float32, 0)
+    model = build_stages(spec, args, job, dims, torch.device("meta"), torch.float32, 0)[0].module
     return next(model.parameters()).device.type
 
 

@@ -81,7 +81,7 @@ def gradients(argv: list[str], environ: dict[str, str]) -> tuple[dict[str, Tenso
 
         def accept(self, loss: float, grad_norm: float, local_sums: Tensor) -> bool:
             if self.progress.step == 1:
-                named = self.model.named_parameters()
+                named = self.models[0].named_parameters()
                 self.first = {name: whole(p.grad) for name, p in named if p.grad is not None}
             return super().accept(loss, grad_norm, local_sums)
 
@@ -89,7 +89,7 @@ def gradients(argv: list[str], environ: dict[str, str]) -> tuple[dict[str, Tenso
     import_custom(resolved.job.experimental.custom_import)
     trainer = Watching(resolved, os.environ)
     trainer.train()
-    values = {name: whole(p) for name, p in trainer.model.named_parameters()}
+    values = {name: whole(p) for name, p in trainer.models[0].named_parameters()}
     assert World.from_environ(os.environ).size == trainer.world.size
     return trainer.first, values
 

@@ -16,7 +16,7 @@ from models.llama3.args import FLAVORS, Llama3Args
 from models.llama3.spec import load
 from models.train_spec import families
 from tests.ranks import run_ranks
-from trainer.build import build_model
+from trainer.build import build_stages
 
 ARGS = Llama3Args(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_hidden=48, vocab_size=65)
 ROWS, SEQ = 4, 16
@@ -25,7 +25,7 @@ ROWS, SEQ = 4, 16
 def _step(args: Llama3Args, degrees: Degrees) -> dict[str, Any]:
     """Loss and gradients of one step over all rows, each rank taking its own."""
     dims = ParallelDims.build(degrees, "cpu")
-    model: Any = build_model(load(), args, JobConfig(), dims, torch.device("cpu"), torch.float32, seed=3)
+    model: Any = build_stages(load(), args, JobConfig(), dims, torch.device("cpu"), torch.float32, seed=3)[0].module
     data = torch.randint(0, args.vocab_size, (ROWS, SEQ + 1), generator=torch.Generator().manual_seed(0))
     mine = data[dims.data_rank :: dims.data_degree]
     hidden = model(mine[:, :-1], torch.arange(SEQ).expand(len(mine), SEQ), None)
