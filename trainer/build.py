@@ -73,12 +73,24 @@ def build_stages(
 
     `dtype` is the type of compute. With CPU offload the parameters' memory is the host's.
     """
+    stages = lay_out(spec, args, job, dims, dtype)
+    fill(stages, job, device, seed)
+    return stages
+
+
+def lay_out(spec: TrainSpec, args: ModelArgs, job: JobConfig, dims: ParallelDims, dtype: torch.dtype) -> list[Stage]:
+    """This rank's stages, laid out over the mesh, still without memory."""
     stages = cut(spec, build_on_meta(spec, args, job), dims, job)
     for stage in stages:
-        model = spec.parallelize_fn(stage.module, dims, job, dtype)
-        materialize(model, "cpu" if job.training.enable_cpu_offload else device)
-        initialize(model, cast(Model, model).inits(), seed)
+        spec.parallelize_fn(stage.module, dims, job, dtype)
     return stages
+
+
+def fill(stages: list[Stage], job: JobConfig, device: torch.device, seed: int) -> None:
+    """Give the stages memory, and the values that `seed` gives them."""
+    for stage in stages:
+        materialize(stage.module, "cpu" if job.training.enable_cpu_offload else device)
+        initialize(stage.module, cast(Model, stage.module).inits(), seed)
 
 
 def cut(spec: TrainSpec, model: nn.Module, dims: ParallelDims, job: JobConfig) -> list[Stage]:
