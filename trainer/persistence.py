@@ -6,16 +6,17 @@ pure function of the step, so all that it saves is the step it counts from."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from components.checkpoint.checkpointer import Checkpointer
-from components.checkpoint.fingerprint import JobIdentity
+from components.checkpoint.fingerprint import JobIdentity, require_same_job
 from components.checkpoint.manifest import Manifest
 from components.checkpoint.state import ALL_BUT_MODEL, check_exclude, model_tensors, optimizer_tensors
 from components.config.job_config import JobConfig
@@ -65,6 +66,11 @@ class Source:
     model_only: bool
     """Take only the weights."""
 
+    @property
+    def own(self) -> bool:
+        """Whether it is a step of this run's own folder."""
+        return isinstance(self.step, int)
+
     def describe(self) -> str:
         """Its name, for messages."""
         return f"step-{self.step}" if isinstance(self.step, int) else str(self.step)
@@ -83,12 +89,18 @@ class Persistence:
         if self.config.enable and not self.config.load_only:
             self.store.prepare()
         self.source = self._find() if self.config.enable else None
+        if self.config.create_seed_checkpoint and self.source is not None:
+            raise ConfigError(
+                f"checkpoint.create_seed_checkpoint = true: '{root}' holds {self.source.describe()} already, and a seed"
+                " is the first: set it to false to go on from there, or start a new job.dump_folder"
+            )
 
     def _find(self) -> Source | None:
-        """What to start from: a step of one's own folder, else `initial_load_path`, else nothing."""
+        """What to start from: a step of one's own folder, else `initial_load_path`, else nothing. Step 0 is a seed,
+        which holds nothing but weights."""
         step = self.store.resolve(self.config.load_step)
         if step is not None:
-            return Source(step, self.store.read_manifest(step), model_only=False)
+            return Source(step, self.store.read_manifest(step), model_only=step == 0)
         if self.config.initial_load_path is None:
             return None
         path = Path(self.config.initial_load_path)
@@ -115,16 +127,17 @@ class Persistence:
         source = self.source
         if source is None:
             return Progress()
-        if isinstance(source.step, int) and "train_state" in self.config.exclude_from_loading:
+        if source.own and not source.model_only and "train_state" in self.config.exclude_from_loading:
             raise ConfigError(
                 "checkpoint.exclude_from_loading = 'train_state': steps would count from 0 in a folder that holds"
                 f" step-{source.step}; start from it with checkpoint.initial_load_path in a new job.dump_folder"
             )
         exclude = {*self.config.exclude_from_loading, *(ALL_BUT_MODEL if source.model_only else ())}
-        own = isinstance(source.step, int)
-        state = self.store.load(
-            source.step, parts.tensors(), job=identity if own else None, exclude=exclude, cast=source.model_only
-        )
+        if source.own and source.model_only:  # nothing but the model has to be the same yet
+            saved, ours = _of_model(source.manifest.fingerprint), _of_model(identity.fingerprint)
+            require_same_job(source.describe(), saved, ours)
+        job = identity if source.own and not source.model_only else None
+        state = self.store.load(source.step, parts.tensors(), job=job, exclude=exclude, cast=source.model_only)
         if isinstance(source.step, int):
             self.saved_step = source.step
             if not self.config.load_only:
@@ -135,6 +148,13 @@ class Persistence:
         if "dataloader" in state:
             parts.loader.load_state(state["dataloader"])
         return progress
+
+    def save_seed(self, parts: Parts, identity: JobIdentity) -> None:
+        """Save the weights as they are as step 0, in the type they are stored in; say where. Collective."""
+        tensors = model_tensors(parts.models)
+        stored = next((value.dtype for value in tensors.values() if value.is_floating_point()), torch.float32)
+        folder = self.store.save_model(0, tensors, identity, stored)
+        logger.info("seed checkpoint: %s; a run of this job without create_seed_checkpoint starts from it", folder)
 
     def is_due(self, step: int, last: bool) -> bool:
         """Whether this step is to be saved."""
@@ -158,3 +178,8 @@ class Persistence:
             }
             self.store.save(progress.step, parts.tensors(), state, identity)
         self.saved_step = progress.step
+
+
+def _of_model(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a fingerprint that says what the weights are of."""
+    return {key: value for key, value in fingerprint.items() if key.startswith(("model.", "quantize."))}

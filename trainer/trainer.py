@@ -134,6 +134,9 @@ class Trainer:
     def train(self) -> None:
         """Train to `training.steps`, or to the end of the data. Raises NonFiniteError, DataError, CheckpointError."""
         steps, start = self.job.training.steps, self.progress.step
+        if self.job.checkpoint.create_seed_checkpoint:
+            self.persistence.save_seed(self.parts, self.identity)
+            return
         if start >= steps:
             logger.info("nothing to do: step %d of training.steps = %d is done", start, steps)
             return

@@ -45,6 +45,6 @@ class Checkpoint:
     enable_first_step_checkpoint: bool = False
     """Also save at step 1, to try out early whether saving works."""
     create_seed_checkpoint: bool = False
-    """Write the initial weights as step 0 and stop."""
+    """Write the initial weights as step 0 and stop. The next run of the job, on any layout, starts from them."""
     load_only: bool = False
     """Load, never save."""

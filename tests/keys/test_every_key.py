@@ -85,10 +85,6 @@ REFUSED = {
         (SAVES, "--checkpoint.async_mode=async"),
         '"async": not yet supported: saving in the background is not there yet; set it to "disabled"',
     ),
-    "checkpoint.create_seed_checkpoint": (
-        (SAVES, "--checkpoint.create_seed_checkpoint"),
-        "true: not yet supported: it is not needed here: initialization does not depend on the layout; set it to false",
-    ),
 }
 """Key → arguments that make it live, and how it is refused then."""
 

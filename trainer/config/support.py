@@ -81,11 +81,6 @@ UNSUPPORTED = (
         lambda job: job.checkpoint.enable and job.checkpoint.async_mode != "disabled",
         'saving in the background is not there yet; set it to "disabled"',
     ),
-    Unsupported(
-        "checkpoint.create_seed_checkpoint",
-        lambda job: job.checkpoint.enable and job.checkpoint.create_seed_checkpoint,
-        "it is not needed here: initialization does not depend on the layout; set it to false",
-    ),
 )
 
 

@@ -11,6 +11,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from components.config.annotations import hints_of, toml_literal
+from components.config.checkpoint import Checkpoint
 from components.config.job_config import JobConfig
 from components.config.overlay import DEFAULT
 from components.config.parallelism import Parallelism
@@ -227,6 +228,22 @@ def _checkpoint(job: JobConfig) -> Problems:
     for part in job.checkpoint.exclude_from_loading:
         if part not in LOADABLE:
             yield f"checkpoint.exclude_from_loading = {toml_literal(part)}: must be out of {', '.join(LOADABLE)}"
+    if job.checkpoint.create_seed_checkpoint:
+        yield from _seed(job.checkpoint)
+
+
+def _seed(checkpoint: Checkpoint) -> Problems:
+    """What a job that only writes its initial weights cannot go with."""
+    key = "checkpoint.create_seed_checkpoint = true:"
+    if not checkpoint.enable:
+        yield f"{key} nothing is saved while checkpoint.enable is false; set that to true"
+    if checkpoint.load_only:
+        yield f"{key} nothing is saved while checkpoint.load_only is true; set one of them to false"
+    if checkpoint.initial_load_path is not None:
+        shown = toml_literal(checkpoint.initial_load_path)
+        yield f"{key} a seed holds fresh weights, not those of checkpoint.initial_load_path = {shown}; leave one out"
+    if checkpoint.load_step != -1:
+        yield f"{key} nothing is loaded, but checkpoint.load_step is {checkpoint.load_step}; leave one out"
 
 
 def _groups(job: JobConfig) -> Problems:
