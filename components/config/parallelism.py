@@ -43,10 +43,14 @@ class Parallelism:
     """Overlap expert dispatch with compute in schedules that can."""
     context_parallel_degree: PositiveInt = 1
     """Ranks that share each sequence."""
-    context_parallel_load_balancer: str | None = "headtail"
-    """How sequence chunks are dealt so that causal attention costs the same everywhere."""
-    context_parallel_rotate_method: Literal["allgather", "alltoall"] = "allgather"
-    """How keys and values travel."""
+    context_parallel_load_balancer: Literal["headtail", ""] | None = "headtail"
+    """How sequences are dealt: headtail gives each rank two chunks, an early and a late one, so that causal attention
+    costs the same everywhere; empty or none gives each one piece, so that the last rank has twice the average work."""
+    context_parallel_rotate_method: Literal["allgather", "alltoall", "ulysses"] = "allgather"
+    """How queries meet keys. allgather: each rank gathers the keys and values of whole rows in each block; one transfer,
+    which compute waits for. alltoall: a ring, in which they pass from rank to rank while attention is computed; least
+    memory, more and smaller transfers. ulysses: ranks trade tokens for heads and attend to whole rows; least traffic on
+    many ranks, which must divide the heads, and with `data.document_mask` a mask of seq_len² bytes a row."""
     expert_parallel_degree: PositiveInt = 1
     """Ranks that share the experts."""
     expert_tensor_parallel_degree: PositiveInt = 1
@@ -64,14 +68,17 @@ class Comm:
     train_timeout_seconds: Seconds = 100
     """Timeout of a collective after the first step."""
     trace_buf_size: NonNegativeInt = 20000
-    """Entries of NCCL's flight recorder; 0 switches it off. Without NCCL inactive."""
+    """Entries of torch's flight recorder, which notes every collective and where it was called; 0 switches it off, and
+    a collective that does not end is then told without its name."""
     save_traces_folder: str = "comm_traces"
-    """Folder inside `dump_folder` that flight recordings are written to on a timeout."""
+    """Folder inside `dump_folder` that every rank writes its flight recording to when a collective does not end."""
     save_traces_file_prefix: str = "rank_"
     """Start of their file names."""
     mode: Literal["default", "fake_backend", "local_tensor"] = "default"
     """default trains; fake_backend is the dry run; local_tensor runs all ranks in one process. Usually set by
     `COMM_MODE`."""
+    fake_rank: NonNegativeInt = 0
+    """The rank that a dry run pretends to be, from 0: under pipeline parallelism ranks hold different layers."""
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,12 @@ def dry_run(ranks: int, *arguments: str, timeout: float = 100) -> str:
     return outcome.stdout
 
 
+def refused(ranks: int, *arguments: str) -> str:
+    (outcome,) = run_ranks(1, call, [*arguments, *NO_DATA], {"NGPU": str(ranks)}, backend=None)
+    assert (outcome.code, outcome.stdout) == (2, "")
+    return outcome.stderr
+
+
 def held(text: str) -> dict[str, tuple[int, int]]:
     """Elements and bytes by kind."""
     rows = re.findall(r"^  (\w+) +([\d,]+) +([\d,]+) bytes", text, re.MULTILINE)
@@ -69,6 +75,18 @@ def test_it_counts_what_a_real_run_holds(arguments: tuple[str, ...], tmp_path: P
     assert real[0]["parameters"][0] >= max(rank["parameters"][0] for rank in real)  # rank 0 is the fullest
 
 
+@pytest.mark.shows("comm.fake_rank")
+def test_a_rank_holds_its_own_share() -> None:
+    """24 rows of most matrices fall to 5 ranks as 5, 5, 5, 5, 4."""
+    tiny = (*TINY, "--training.global_batch_size=5")
+    texts = [dry_run(5, *tiny, f"--comm.fake_rank={rank}") for rank in (0, 3, 4)]
+    first, fourth, last = (held(text)["parameters"][0] for text in texts)
+    assert first == fourth > last
+    assert "dry run: one step of rank 4 of 5 in " in texts[2]
+    problem = "--comm.fake_rank=5: there are 5 ranks, counted from 0; take one below 5"
+    assert refused(5, "--comm.fake_rank=5", *tiny) == f"error: {problem}\n"
+
+
 def test_the_published_8b_on_64_ranks() -> None:
     config = ROOT / "models/llama3/train_configs/llama3_8b.toml"
     text = dry_run(64, f"--job.config_file={config}", "--parallelism.data_parallel_replicate_degree=1")
@@ -94,11 +112,7 @@ def test_every_shipped_job_can_be_built(config: Path) -> None:
 
 
 def test_it_refuses_what_a_real_run_would() -> None:
-    argv = [*TINY, *NO_DATA, "--parallelism.data_parallel_shard_degree=3"]
-    (outcome,) = run_ranks(1, call, argv, {"NGPU": "4"}, backend=None)
-    assert outcome.code == 2
-    assert outcome.stdout == ""
-    assert outcome.stderr == (
+    assert refused(4, *TINY, "--parallelism.data_parallel_shard_degree=3") == (
         "error: --parallelism.data_parallel_shard_degree=3: 1 (replicate) × 3 (shard) × 1 (context) × 1 (tensor) ×"
         " 1 (pipeline) = 3 ranks, but there are 4: set `parallelism.data_parallel_shard_degree` to 4 (or to -1: all"
         " that are left), or start 3 ranks\n"

@@ -176,6 +176,7 @@ INACTIVE = (
         lambda job: job.comm.trace_buf_size == 0,
         "comm.trace_buf_size is 0: nothing is recorded",
     ),
+    Inactive(("comm.fake_rank",), lambda job: job.comm.mode != "fake_backend", "comm.mode is not fake_backend"),
     Inactive(("debug.moe_force_load_balance",), lambda job: job.model.name in DENSE, "the model family has no experts"),
     Inactive(
         ("debug.deterministic_warn_only",), lambda job: not job.debug.deterministic, "debug.deterministic is false"

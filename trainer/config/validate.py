@@ -147,8 +147,9 @@ def _streams(job: JobConfig, degrees: Degrees) -> Problems:
 
 
 def _sequence(job: JobConfig, degrees: Degrees) -> Problems:
-    # Context parallelism deals each rank two chunks of a row, an early and a late one.
-    unit = degrees.tp * (2 * degrees.cp if degrees.cp > 1 else 1)
+    # Context parallelism deals each rank one chunk of a row or, from head and tail, two; a chunk is cut by tensor ranks.
+    chunks = 2 if degrees.cp > 1 and job.parallelism.context_parallel_load_balancer == "headtail" else 1
+    unit = degrees.tp * degrees.cp * chunks
     lengths = {"training.seq_len": job.training.seq_len}
     if job.validation.enable:
         lengths["validation.seq_len"] = job.validation.seq_len
@@ -158,6 +159,12 @@ def _sequence(job: JobConfig, degrees: Degrees) -> Problems:
                 f"{key} = {length}: must be a multiple of {unit}, for a tensor-parallel degree of {degrees.tp} and a"
                 f" context-parallel degree of {degrees.cp}; take {(length // unit + 1) * unit}"
             )
+
+
+def _fake_rank(job: JobConfig, degrees: Degrees) -> Problems:
+    rank = job.comm.fake_rank
+    if job.comm.mode == "fake_backend" and rank >= degrees.world:
+        yield f"comm.fake_rank = {rank}: there are {degrees.world} ranks, counted from 0; take one below {degrees.world}"
 
 
 def _offload(job: JobConfig, degrees: Degrees) -> Problems:
@@ -268,5 +275,5 @@ RULES: tuple[Callable[[JobConfig], Problems], ...] = (
 )
 """Rules on the job alone."""
 
-LAYOUT_RULES: tuple[Callable[[JobConfig, Degrees], Problems], ...] = (_batch, _streams, _sequence, _offload)
+LAYOUT_RULES: tuple[Callable[[JobConfig, Degrees], Problems], ...] = (_batch, _streams, _sequence, _fake_rank, _offload)
 """Rules on the job and its degrees, left out where the degrees do not fit the ranks."""
