@@ -34,17 +34,18 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
-        return self._map(lambda x: x.to(device, non_blocking=True))
+        return self.map(lambda x: x.to(device, non_blocking=True))
 
     def slice(self, start: int, stop: int) -> "Batch":
         """Rows `start` to `stop`."""
-        return self._map(lambda x: x[start:stop])
+        return self.map(lambda x: x[start:stop])
 
     def pin(self) -> "Batch":
         """The same batch in page-locked memory."""
-        return self._map(lambda x: x.pin_memory())
+        return self.map(lambda x: x.pin_memory())
 
-    def _map(self, fn: Callable[[Tensor], Tensor]) -> "Batch":
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "Batch":
+        """The batch of what `fn` makes of each tensor."""
         return Batch(fn(self.tokens), fn(self.labels), fn(self.positions), fn(self.document_ids))
 
 

@@ -1,0 +1,246 @@
+"""Context parallelism: ranks that share sequences compute what one rank computes, loss and every gradient."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from components.config.compute import ActivationCheckpoint, Compile
+from components.config.parallelism import Parallelism
+from components.mesh.batch import IGNORE, Batch
+from components.mesh.collectives import Axis
+from components.mesh.plan import Plan
+from components.parallel.chunks import Deal, Tile
+from components.parallel.compile import compile_blocks
+from components.parallel.context import share_sequence, split_sequence
+from components.parallel.kernels import plain_backward, plain_forward, tile_backward, tile_forward
+from components.parallel.recompute import recompute
+from components.runtime.errors import MeshError
+from models.llama3.args import FLAVORS, Llama3Args
+from models.llama3.model import Llama3
+from models.llama3.parallelize import llama3_plan
+from tests.ranks import run_ranks
+
+SEQ = 72  # chunks of 18 for 2 ranks, 12 for 3, 9 for 4
+NONE, FULL = ActivationCheckpoint(mode="none"), ActivationCheckpoint(mode="full")
+OP = ActivationCheckpoint(mode="selective", selective_ac_option="op")
+
+Case = tuple[Any, Any, bool, int]
+"""Method, balancer, whether attention stays within documents, key heads."""
+
+METHODS = ("allgather", "alltoall", "ulysses")
+ARGS = replace(FLAVORS["debugmodel"], dim=48, n_layers=2, n_heads=12, n_kv_heads=12, ffn_hidden=20, vocab_size=37)
+
+
+def args(kv_heads: int) -> Llama3Args:
+    return replace(ARGS, n_kv_heads=kv_heads)
+
+
+def make(kv_heads: int, dtype: torch.dtype = torch.float32) -> Llama3:
+    torch.manual_seed(0)
+    model = Llama3(args(kv_heads))
+    for parameter in model.parameters():  # norms too, so that their gradients are not all alike
+        nn.init.normal_(parameter, std=0.3)
+    return model.to(dtype)
+
+
+def rows(documents: bool) -> Batch:
+    """Documents of uneven lengths, labels that are missing more in one half than in the other."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(ARGS.vocab_size, (3, SEQ + 1), generator=generator)
+    starts = torch.rand(3, SEQ, generator=generator) < 0.1
+    starts[:, 0] = True
+    starts[0, 1:] = False  # a row of one document
+    first = torch.where(starts, torch.arange(SEQ), 0).cummax(1).values if documents else 0
+    labels = tokens[:, 1:].clone()
+    labels[1, : SEQ // 2 + 3] = IGNORE
+    labels[2, ::3] = IGNORE
+    return Batch(tokens[:, :-1], labels, (torch.arange(SEQ) - first).expand(3, SEQ), starts.cumsum(1) - 1)
+
+
+def run(model: Any, batch: Batch, documents: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of this rank's part, as its share of the mean over all valid labels, and its gradients."""
+    hidden = model(batch.tokens, batch.positions, batch.document_ids if documents else None)
+    logits, labels = model.output(hidden).flatten(0, 1).float(), batch.labels.flatten()
+    loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum") / (rows(True).labels != IGNORE).sum()
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def shared(
+    cases: list[Case],
+    dtype: torch.dtype,
+    checkpointing: ActivationCheckpoint,
+    compiled: bool,
+) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    """For each case the loss and the gradients of a model whose sequences all ranks share."""
+    group = dist.distributed_c10d._get_default_group()  # dist.group.WORLD may be None by its type
+    found = []
+    for method, balancer, documents, kv_heads in cases:
+        axis = Axis(group, dist.get_world_size(), dist.get_rank())
+        config = Parallelism(context_parallel_rotate_method=method, context_parallel_load_balancer=balancer)
+        model, plan = make(kv_heads, dtype), llama3_plan(args(kv_heads))
+        share_sequence(model, plan, axis, config)
+        recompute(model, plan, checkpointing)
+        compile_blocks(model, plan, Compile(enable=compiled, backend="aot_eager"))
+        loss, gradients = run(model, split_sequence(rows(documents), axis, config), documents)
+        for value in (loss, *gradients.values()):
+            dist.all_reduce(value)
+        found.append((loss, gradients))
+    return found
+
+
+def compare(
+    ranks: int,
+    cases: list[Case],
+    bound: float = 1e-5,
+    dtype: torch.dtype = torch.float32,
+    checkpointing: ActivationCheckpoint = NONE,
+    compiled: bool = False,
+) -> None:
+    alone = {
+        (documents, heads): run(make(heads, dtype), rows(documents), documents) for _, _, documents, heads in cases
+    }
+    for got in run_ranks(ranks, shared, cases, dtype, checkpointing, compiled, timeout=120):
+        for case, (loss, gradients) in zip(cases, got, strict=True):
+            want_loss, want = alone[case[2:]]
+            assert loss.item() == pytest.approx(want_loss.item(), rel=bound), case
+            assert gradients.keys() == want.keys()
+            norm = torch.stack([g.float().norm() for g in want.values()]).norm()
+            for name, gradient in want.items():
+                error = (gradients[name].float() - gradient.float()).norm()
+                assert error <= bound * max(gradient.float().norm(), 1e-3 * norm), (case, name, error)
+
+
+ALL: list[Case] = [(m, b, d, h) for m in METHODS for b in ("headtail", None) for d in (True, False) for h in (12, 4)]
+FEW: list[Case] = [("allgather", "headtail", False, 4), ("alltoall", "headtail", True, 4), ("ulysses", None, True, 2)]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_loss_and_every_gradient_are_those_of_one_rank(ranks: int) -> None:
+    compare(ranks, ALL)
+
+
+def test_four_ranks_and_fewer_key_heads_than_ranks() -> None:
+    compare(4, [*FEW, ("alltoall", None, False, 6), ("ulysses", "headtail", False, 6), ("ulysses", None, False, 3)])
+
+
+def test_bf16_is_as_close_as_its_digits() -> None:
+    compare(2, FEW, bound=3e-2, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("checkpointing", [OP, FULL], ids=["op", "full"])
+def test_recomputed(checkpointing: ActivationCheckpoint) -> None:
+    compare(2, [*FEW, ("alltoall", "headtail", False, 4)], checkpointing=checkpointing)
+
+
+@pytest.mark.parametrize(
+    "method", ["alltoall", *(pytest.param(m, marks=pytest.mark.slow) for m in ("allgather", "ulysses"))]
+)
+def test_compiled_without_graph_breaks(method: str) -> None:
+    compare(2, [(method, "headtail", method == "ulysses", 4)], compiled=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [OP, FULL], ids=["op", "full"])
+def test_compiled_and_recomputed(checkpointing: ActivationCheckpoint) -> None:
+    compare(2, FEW, compiled=True, checkpointing=checkpointing)
+
+
+def deal(rank: int, size: int, headtail: bool) -> Deal:
+    return Deal(Axis(None, size, rank), headtail)  # pyrefly: ignore[bad-argument-type]  # nothing communicates here
+
+
+def test_who_holds_what() -> None:
+    x = torch.arange(12)
+    assert [deal(r, 3, True).cut(x, 0).tolist() for r in range(3)] == [[0, 1, 10, 11], [2, 3, 8, 9], [4, 5, 6, 7]]
+    assert [deal(r, 3, False).cut(x, 0).tolist() for r in range(3)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    for headtail in (True, False):
+        in_rank_order = torch.cat([deal(r, 3, headtail).cut(x, 0) for r in range(3)])
+        assert torch.equal(deal(0, 3, headtail).to_row_order(in_rank_order, 0), x)
+        assert torch.equal(deal(0, 3, headtail).to_rank_order(x, 0), in_rank_order)
+        assert torch.equal(deal(2, 3, headtail).indices(4, x.device), deal(2, 3, headtail).cut(x, 0))
+
+
+@pytest.mark.parametrize("headtail", [True, False])
+def test_tiles_cover_what_causality_allows_and_no_more(headtail: bool) -> None:
+    """Of n·n tiles of chunks n·(n + 1)/2 are computed; under headtail each rank has as many as the others."""
+    size, length = 4, 6
+    counts = []
+    for rank in range(size):
+        mine = deal(rank, size, headtail)
+        index = mine.indices(length, torch.device("cpu"))
+        want = index[:, None] >= torch.arange(size * length)
+        for tiles in (mine.whole(length), tuple(tile for step in mine.steps(length) for tile in step)):
+            assert torch.equal(covered(tiles, length, size), want)
+        counts.append(sum(map(len, mine.steps(length))))
+    assert counts == ([9] * 4 if headtail else [1, 2, 3, 4])
+
+
+def covered(tiles: tuple[Tile, ...], length: int, size: int) -> Tensor:
+    """Which keys the queries see. # (length, length · size)"""
+    seen = torch.zeros(length, length * size, dtype=torch.bool)
+    for tile in tiles:
+        part = torch.ones(tile.queries, tile.keys, dtype=torch.bool)
+        seen[tile.query : tile.query + tile.queries, tile.column : tile.column + tile.keys] |= (
+            part.tril() if tile.causal else part
+        )
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("case", ["all", "causal", "mask"])
+def test_kernels_compute_what_plain_operations_do(case: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, grad = (torch.randn(2, 6, 5, 8, generator=generator).to(dtype) for _ in range(2))
+    k, v = (torch.randn(2, 2, 5, 8, generator=generator).to(dtype) for _ in range(2))
+    mask = torch.rand(2, 1, 5, 5, generator=generator) < 0.4 if case == "mask" else None
+    if mask is not None:
+        mask[0, 0, 2] = False  # a query without a key
+    whole_k, whole_v = (x.repeat_interleave(3, dim=1) for x in (k, v))
+    out, lse = tile_forward(q, k, v, mask, case == "causal")
+    want_out, want_lse = plain_forward(q, whole_k, whole_v, mask, case == "causal")
+    bound = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(out, want_out, rtol=bound, atol=bound)
+    torch.testing.assert_close(lse, want_lse, rtol=bound, atol=bound)
+    lse = lse.clamp(min=0.0) + 1.0  # other tiles add to it
+    found = tile_backward(grad, q, out.to(dtype), lse, k, v, mask, case == "causal")
+    dq, dk, dv = plain_backward(grad, q, out.to(dtype), lse, whole_k, whole_v, mask, case == "causal")
+    wanted = (dq, dk.unflatten(1, (2, 3)).sum(2), dv.unflatten(1, (2, 3)).sum(2))
+    for gradient, want in zip(found, wanted, strict=True):
+        torch.testing.assert_close(gradient, want, rtol=2 * bound, atol=2 * bound)
+
+
+def test_plain_operations_are_differentiated_rightly() -> None:
+    q, k, v, grad = (torch.randn(1, 2, 4, 3, dtype=torch.float64, requires_grad=True) for _ in range(4))
+    want = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    out, lse = plain_forward(q, k, v, None, causal=True)
+    torch.testing.assert_close(out, want)
+    wanted = torch.autograd.grad(want, (q, k, v), grad)
+    for gradient, expected in zip(plain_backward(grad, q, out, lse, k, v, None, causal=True), wanted, strict=True):
+        torch.testing.assert_close(gradient, expected)
+
+
+def test_heads_that_ranks_do_not_divide_are_refused() -> None:
+    model = make(4)
+    axis = Axis(None, 5, 0)  # pyrefly: ignore[bad-argument-type]  # it is refused before it communicates
+    share_sequence(model, llama3_plan(ARGS), axis, Parallelism(context_parallel_rotate_method="ulysses"))
+    with pytest.raises(MeshError) as error:
+        run(model, rows(documents=False), documents=False)
+    assert str(error.value) == (
+        "parallelism.context_parallel_degree = 5: must divide the 12 heads of a rank with"
+        ' context_parallel_rotate_method = "ulysses"; take a divisor, or "allgather"'
+    )
+
+
+def test_a_plan_without_attention_is_refused() -> None:
+    axis = Axis(None, 2, 0)  # pyrefly: ignore[bad-argument-type]  # it is refused before it communicates
+    with pytest.raises(MeshError) as error:
+        share_sequence(make(4), Plan(blocks=(), embedding="", head=""), axis, Parallelism())
+    assert str(error.value) == (
+        "parallelism.context_parallel_degree = 2: Llama3 has no plan for context parallelism: set it to 1"
+    )
