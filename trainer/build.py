@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,10 @@ from components.mesh.parallel_dims import ParallelDims
 from components.parallel.pipeline import Stage
 from components.runtime.errors import MeshError
 from models.train_spec import ModelArgs, TrainSpec
+
+if TYPE_CHECKING:
+    from components.loss.cross_entropy import LossFn
+    from components.parallel.pipeline_run import Pipeline
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -103,3 +107,16 @@ def cut(spec: TrainSpec, model: nn.Module, dims: ParallelDims, job: JobConfig) -
             " parallelism: set it to 1"
         )
     return spec.pipelining_fn(model, dims, job)
+
+
+def build_pipeline(
+    stages: list[Stage], job: JobConfig, dims: ParallelDims, device: torch.device, dtype: torch.dtype, loss: LossFn
+) -> Pipeline | None:
+    """What runs these stages; None without pipeline parallelism."""
+    if dims.degrees.pp == 1:
+        return None
+    from components.parallel.pipeline_run import Pipeline  # torch's pipelining takes its time to import
+
+    return Pipeline(
+        stages, job, dims, device, dtype, lambda hidden, model, batch: loss(hidden, cast(Model, model).output, batch)
+    )

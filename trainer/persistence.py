@@ -6,7 +6,7 @@ pure function of the step, so all that it saves is the step it counts from."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,10 +49,23 @@ class Parts:
     models: list[nn.Module]
     optimizers: Optimizers
     loader: Loader
+    tied: Sequence[tuple[nn.Parameter, nn.Parameter]] = ()
+    """Parameters that two of the models hold, each with its copy, which is not saved."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that is a tensor, as `<part>.<name>`; the very tensors, to save from or load into."""
-        return {**model_tensors(self.models), **optimizer_tensors(self.optimizers.named_state())}
+        return {**self.weights(), **optimizer_tensors(self.optimizers.named_state())}
+
+    def weights(self) -> dict[str, Tensor]:
+        """The models' tensors alone."""
+        return model_tensors(self.models, [copy for _, copy in self.tied])
+
+    @torch.no_grad()
+    def equalize(self) -> None:
+        """Give what was loaded to the copies."""
+        for parameter, copy in self.tied:
+            copy.copy_(parameter)
+            self.optimizers.copy_state(parameter, copy)
 
 
 @dataclass(frozen=True)
@@ -138,6 +151,7 @@ class Persistence:
             require_same_job(source.describe(), saved, ours)
         job = identity if source.own and not source.model_only else None
         state = self.store.load(source.step, parts.tensors(), job=job, exclude=exclude, cast=source.model_only)
+        parts.equalize()
         if isinstance(source.step, int):
             self.saved_step = source.step
             if not self.config.load_only:
@@ -169,7 +183,7 @@ class Persistence:
         """Save the job as it is after `progress.step`. `table`: the loader's, from `gather_table`. Collective."""
         if weights_only:
             dtype = EXPORT_DTYPES[self.config.export_dtype]
-            self.store.save_model(progress.step, model_tensors(parts.models), identity, dtype)
+            self.store.save_model(progress.step, parts.weights(), identity, dtype)
         else:
             state = {
                 "train_state": {"step": progress.step, "tokens": progress.tokens},

@@ -36,7 +36,7 @@ from components.runtime.provenance import git_revision
 from components.runtime.world import World
 from models.train_spec import families, get_args
 from trainer import nonfinite
-from trainer.build import DTYPES, Model, build_stages
+from trainer.build import DTYPES, Model, build_pipeline, build_stages
 from trainer.config.output import to_toml
 from trainer.persistence import Parts, Persistence
 from trainer.report import describe_job, save_run
@@ -75,10 +75,12 @@ class Trainer:
         self.models = [stage.module for stage in stages]
         self.parameters = [parameter for model in self.models for parameter in model.parameters()]
         self.loss_fn = self.spec.build_loss_fn(self.job)
+        self.pipeline = build_pipeline(stages, self.job, self.dims, self.device, self.dtype, self.loss_fn)
         self.optimizers = self.spec.build_optimizers_fn(self.models, self.job, self.device)
         self.schedule = self.spec.build_lr_schedulers_fn(self.optimizers, self.job)
         # where it stands
-        self.parts = Parts(self.models, self.optimizers, self.loader)
+        tied = self.pipeline.tied.pairs if self.pipeline else []
+        self.parts = Parts(self.models, self.optimizers, self.loader, tied)
         self.progress = self.persistence.load(self.parts, self.identity)
         self.validator = (self.spec.build_validator_fn or Validator)(self) if job.validation.enable else None
         # what it tells
@@ -184,7 +186,7 @@ class Trainer:
         """One optimizer step: gradients of the global batch's mean loss, clipped, applied if finite."""
         local, valid = self.accumulate(rows.batch.to(self.device))
         total = reduce_step(local.sums.sum(), local.counts.sum(), largest_row_mean(local), self.dims.group("batch"))
-        norm = gradient_norm(self.parameters).to(self.device)  # offloaded gradients have theirs on the host
+        norm = self.global_norm()
         facts = torch.stack([total.loss_sum / valid, total.max_loss, norm, total.count])  # float64, exact for counts
         loss, max_loss, grad_norm, count = facts.tolist()
         self.schedule.apply(self.progress.step - self.progress.schedule_start)
@@ -197,6 +199,11 @@ class Trainer:
         return StepValues(loss, max_loss, grad_norm)
 
     def accumulate(self, batch: Batch) -> tuple[RowLoss, Tensor]:
+    def global_norm(self) -> Tensor:
+        """The norm of the gradients of the whole model, 0-d."""
+        counted = self.pipeline.tied.counted(self.parameters) if self.pipeline else self.parameters
+        return gradient_norm(counted, self.dims.group("pp")).to(self.device)  # of offloaded ones it is on the host
+
         """Gradients of this rank's rows, and the rows' losses; the divisor is the valid labels of the global batch."""
         batch = self.split(batch)
         valid = distributed.all_reduce_sum((batch.labels != IGNORE).sum(), self.dims.group("loss")).clamp(min=1)
@@ -205,6 +212,8 @@ class Trainer:
         for index, piece in enumerate(pieces):
             results.append(self.forward_backward(piece, valid, last=index == len(pieces) - 1))
         local = RowLoss(torch.cat([r.sums for r in results]), torch.cat([r.counts for r in results]))
+        if self.pipeline:
+            self.pipeline.tied.sum_gradients()
         return self.whole_rows(local), valid
 
     def split(self, batch: Batch) -> Batch:
@@ -216,6 +225,8 @@ class Trainer:
         for model in self.models:
             set_gradient_sync(model, last)
         result = self.forward(batch, valid)
+        if self.pipeline:
+            return self.pipeline.train(batch, self.inputs(batch, valid), valid)
         (result.sums.sum() / valid).backward()
         return RowLoss(result.sums.detach(), result.counts)
 
@@ -231,7 +242,9 @@ class Trainer:
         return [batch.slice(start, start + size) for start in range(0, batch.rows, size)]
 
     def forward(self, batch: Batch, valid: Tensor | None = None) -> RowLoss:
-        """Rows → sums of losses and counts of labels: the one forward path of training and validation."""
+        """Rows → sums of losses and counts of labels: the one forward path of training and validation.
+
+        A pipeline calls the stages and the loss itself."""
         model = cast(Model, self.models[-1])
         hidden = model(batch.tokens, **self.inputs(batch, valid))
         return self.loss_fn(hidden, model.output, batch)
@@ -247,7 +260,10 @@ class Trainer:
 
     def evaluate(self, batch: Batch) -> RowLoss:
         """The losses of whole rows, without gradients."""
-        return self.whole_rows(self.forward(self.split(batch.to(self.device))))
+        batch = self.split(batch.to(self.device))
+        if self.pipeline:
+            return self.whole_rows(self.pipeline.evaluate(batch, self.inputs(batch, None)))
+        return self.whole_rows(self.forward(batch))
 
     def accept(self, loss: float, grad_norm: float, local_sums: Tensor) -> bool:
         """Whether the step may change the weights. Raises NonFiniteError under `training.on_nonfinite = "stop"`."""

@@ -20,20 +20,20 @@ ALL_BUT_MODEL = PARTS[1:]
 """What is excluded when only weights are taken."""
 
 
-def model_tensors(model_parts: Sequence[nn.Module]) -> dict[str, Tensor]:
+def model_tensors(model_parts: Sequence[nn.Module], copies: Sequence[Tensor] = ()) -> dict[str, Tensor]:
     """Parameters and persistent buffers as `model.<name>`; a tied parameter once, under its first name.
 
     The tensors are the model's own: loading into them changes the model. Goes through `state_dict`, whose hooks let
-    FSDP put its shards back first. Raises CheckpointError for two parts with the same name, and for state that is no
-    tensor.
+    FSDP put its shards back first. `copies` are left out: what another part holds under the same name. Raises
+    CheckpointError for two parts with the same name otherwise, and for state that is no tensor.
     """
     named: dict[str, Tensor] = {}
-    seen: set[int] = set()
+    seen = {id(copy) for copy in copies}
     for part in model_parts:
         for name, value in part.state_dict(keep_vars=True).items():
             if not isinstance(value, Tensor):
                 raise CheckpointError(f"model.{name} is a {type(value).__name__}: a module's state must be tensors")
-            if f"model.{name}" in named:
+            if f"model.{name}" in named and id(value) not in seen:
                 raise CheckpointError(f"model.{name} is in two model parts: names must be those of the whole model")
             if id(value) not in seen:
                 seen.add(id(value))

@@ -66,7 +66,7 @@ class Optimizers:
                     raise ConfigError(
                         f"optimizer.name: its state {key!r} is a {type(value).__name__}: only tensors can be saved"
                     )
-                state[f"{name}.{key}"] = value
+                state.setdefault(f"{name}.{key}", value)  # of a name that two parts hold, the first part's
         return state
 
     def bytes(self) -> int:
@@ -90,6 +90,12 @@ class Optimizers:
         self._optimizer.step()
         for group, values in zip(groups, kept, strict=True):
             group.update(values)
+    def copy_state(self, source: nn.Parameter, target: nn.Parameter) -> None:
+        """Give one parameter's state to another, laid out alike."""
+        self._materialize()
+        for key, value in self._optimizer.state[source].items():
+            self._optimizer.state[target][key].copy_(value)
+
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
         for parameter in missing:

@@ -7,7 +7,14 @@ from models.llama3.spec import load
 from models.train_spec import TrainSpec, families, register_train_spec
 
 UNTIED = replace(FLAVORS["debugmodel"], dim=24, n_layers=2, n_heads=3, n_kv_heads=1, ffn_hidden=40)
-SPEC: TrainSpec = replace(load(), model_args={"untied": UNTIED, "tied": replace(UNTIED, tied_embeddings=True)})
+DEEP = replace(UNTIED, n_layers=5)
+FLAVOR_ARGS = {
+    "untied": UNTIED,
+    "tied": replace(UNTIED, tied_embeddings=True),
+    "deep": DEEP,
+    "deep_tied": replace(DEEP, tied_embeddings=True),
+}
+SPEC: TrainSpec = replace(load(), model_args=FLAVOR_ARGS)
 
 if "tiny_llama" not in families:
     register_train_spec("tiny_llama", SPEC)

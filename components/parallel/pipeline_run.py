@@ -1,0 +1,197 @@
+"""Running a pipeline: torch's schedules for training, one plain pass for evaluation.
+
+Shapes at the borders of stages are known before anything runs, so they are given to torch rather than found out by
+sending objects around, which a dry run could not do. Every rank reads the rows itself; only hidden states travel.
+
+Evaluation does not use torch's schedules: those of them that go there and back cannot run without a backward. Stage by
+stage, all microbatches, is as good where nothing is kept for a backward.
+
+Schedules that split a backward in two halves compute the weights' gradients later, out of what the first half kept.
+With recomputation or compiled blocks nothing is kept to split: both halves would compute the block again, once for
+each matrix. There the whole backward happens in place of its first half: the same numbers, and the second half's time
+is lost to the schedule.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import (
+    _PipelineScheduleRuntime,  # what a CSV file needs: it has no public name
+    get_schedule_class,
+)
+
+from components.config.job_config import JobConfig
+from components.mesh.batch import Batch, RowLoss
+from components.mesh.parallel_dims import ParallelDims
+from components.parallel.pipeline import Stage
+from components.parallel.pipeline_schedules import find_schedule
+from components.parallel.pipeline_tied import TiedParameters
+from components.runtime.errors import MeshError
+
+Loss = Callable[[Tensor, nn.Module, Batch], RowLoss]
+"""(the last stage's output, the last stage's module, rows) → their losses."""
+
+
+class Pipeline:
+    """This rank's stages and how they run. All ranks of the pipeline call the same methods with the same rows."""
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        job: JobConfig,
+        dims: ParallelDims,
+        device: torch.device,
+        dtype: torch.dtype,
+        loss: Loss,
+    ) -> None:
+        """`dtype` is that of hidden states. Raises MeshError without several pipeline ranks."""
+        axis = dims.axis("pp")
+        if axis is None:
+            raise MeshError(
+                f"parallelism.pipeline_parallel_degree = {dims.degrees.pp}: a pipeline needs 2 ranks or more"
+            )
+        self.stages, self.config, self.axis = stages, job.parallelism, axis
+        self._parts, self._dtype, self._loss = dims.degrees.tp, dtype, loss
+        self._whole_backward = job.activation_checkpoint.mode != "none" or (
+            job.compile.enable and "model" in job.compile.components
+        )
+        self._schedules: dict[tuple[int, ...], Any] = {}
+        self._results: list[RowLoss] = []
+        self._valid = torch.ones(())
+        self.tied = TiedParameters(stages, axis, device)
+        self._fake = dist.get_backend(axis.group) == "fake"
+
+    def train(self, batch: Batch, inputs: dict[str, Tensor], valid: Tensor) -> RowLoss:
+        """Add the gradients of these rows' losses, divided by `valid`; their losses, zeros but on the last stage.
+
+        Args:
+            batch: `training.local_batch_size` rows.
+            inputs: The model's keyword inputs. # (rows, seq) each
+            valid: Divisor of the loss.
+        """
+        key = tuple(batch.tokens.shape)
+        if key not in self._schedules:
+            self._schedules[key] = self._schedule(*key, device=batch.tokens.device)
+        self._results, self._valid = [], valid
+        tokens = (batch.tokens,) if self.stages[0].first else ()
+        target = torch.stack([getattr(batch, field.name) for field in fields(Batch)], dim=1) if self._last else None
+        self._schedules[key].step(*tokens, target=target, return_outputs=False, **inputs)
+        return self._collect(batch)
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch, inputs: dict[str, Tensor]) -> RowLoss:
+        """The losses of any number of rows, without gradients; zeros but on the last stage."""
+        size = self.config.pipeline_parallel_microbatch_size
+        pieces = [slice(start, start + size) for start in range(0, batch.rows, size)]
+        self._results = []
+        kept: list[tuple[Any, Tensor]] = []  # what is sent must stay until it has left
+        handed: list[Tensor] = []
+        for stage in self.stages:
+            before, handed = handed, []
+            for n, piece in enumerate(pieces):
+                rows = batch.slice(piece.start, piece.stop)
+                x = before[n] if before else self._input(stage, rows)
+                out = stage.module(x, **{name: value[piece] for name, value in inputs.items()})
+                if stage.last:
+                    self._results.append(self._loss(out, stage.module, rows))
+                elif stage.ranks[stage.index + 1] == self.axis.rank:
+                    handed.append(out)
+                else:
+                    kept.append((self._send(out.contiguous(), stage), out))
+        for work, _ in kept:
+            work.wait()
+        return self._collect(batch)
+
+    @property
+    def _last(self) -> Stage | None:
+        return next((stage for stage in self.stages if stage.last), None)
+
+    def _collect(self, batch: Batch) -> RowLoss:
+        """The results of all microbatches, in the order of rows."""
+        results, self._results = self._results, []
+        if not results:
+            zeros = torch.zeros(batch.rows, device=batch.tokens.device)
+            return RowLoss(zeros, zeros.long())
+        return RowLoss(torch.cat([r.sums for r in results]), torch.cat([r.counts for r in results]))
+
+    def _input(self, stage: Stage, rows: Batch) -> Tensor:
+        if stage.first:
+            return rows.tokens
+        x = self._border(stage, *rows.tokens.shape, device=rows.tokens.device)
+        dist.recv(x, group=self.axis.group, group_src=stage.ranks[stage.index - 1])
+        return x
+
+    def _send(self, out: Tensor, stage: Stage) -> Any:
+        return dist.isend(out, group=self.axis.group, group_dst=stage.ranks[stage.index + 1])
+
+    def _border(self, stage: Stage, rows: int, seq: int, device: torch.device) -> Tensor:
+        """Hidden states as they are between stages. # (rows, seq / parts, width)"""
+        return torch.empty(rows, seq // self._parts, stage.width, dtype=self._dtype, device=device)
+
+    def _schedule(self, rows: int, seq: int, device: torch.device) -> Any:
+        """torch's schedule for rows of this length."""
+        size = self.config.pipeline_parallel_microbatch_size
+        stages = [self._torch_stage(stage, size, seq, device) for stage in self.stages]
+        settings: dict[str, Any] = {
+            "n_microbatches": rows // size,
+            "loss_fn": self._scalar_loss,
+            "scale_grads": False,  # gradients are sums: the loss has been divided already
+        }
+        if self.config.pipeline_parallel_schedule_csv:
+            schedule = _PipelineScheduleRuntime(stages, **settings)
+            schedule._load_csv(self.config.pipeline_parallel_schedule_csv)  # the only way in; TorchTitan goes it too
+            return schedule
+        known = find_schedule(self.config.pipeline_parallel_schedule)
+        make: Any = get_schedule_class(known.name)
+        return make(stages[0] if known.shape == "single" else stages, **settings)
+
+    def _torch_stage(self, stage: Stage, rows: int, seq: int, device: torch.device) -> PipelineStage:
+        hidden = self._border(stage, rows, seq, torch.device("meta")).requires_grad_()
+        tokens = torch.empty(rows, seq, dtype=torch.int64, device="meta")
+        make = _FakeStage if self._fake else PipelineStage
+        return make(
+            stage.module,
+            stage.index,
+            stage.count,
+            device,
+            input_args=tokens if stage.first else hidden,
+            output_args=hidden,
+            group=self.axis.group,
+            dw_builder=_nothing_left if self._whole_backward else None,
+        )
+
+    def _scalar_loss(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """One microbatch's part of the loss. torch cuts the target by rows. # (rows, fields of Batch, seq)"""
+        last = self._last
+        if last is None:
+            raise RuntimeError("a rank without the last stage was asked for the loss")
+        result = self._loss(hidden, last.module, Batch(*target.unbind(1)))
+        self._results.append(RowLoss(result.sums.detach(), result.counts))
+        return result.sums.sum() / self._valid
+
+
+class _FakeStage(PipelineStage):
+    """A stage whose neighbours do not exist: torch's stages vote on whether all shapes are given, which they are."""
+
+    def _warmup_forward_vote(self, has_backward: bool, received_acc: Tensor | None = None) -> Any:
+        return _Yes()
+
+    def _warmup_backward_result(self, received_result: Tensor | None = None) -> Any:
+        return _Yes()
+
+
+class _Yes:
+    """The vote's outcome, of which torch reads the number. A tensor would have none among fake tensors."""
+
+    def item(self) -> int:
+        return 1
+
+
+def _nothing_left() -> Callable[[], None]:
+    """What torch does for the second half of a backward whose first half was all of it."""
+    return lambda: None
