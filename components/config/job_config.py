@@ -7,6 +7,7 @@ from components.config.checkpoint import Checkpoint
 from components.config.compute import ActivationCheckpoint, Compile, MemoryEstimation
 from components.config.job import Debug, Experimental, Job, Metrics, Profiling
 from components.config.model import Model, Quantize
+from components.config.moe import MoE
 from components.config.optim import LRScheduler, Optimizer
 from components.config.parallelism import Comm, FaultTolerance, Parallelism
 from components.config.training import Data, Loss, Training, Validation
@@ -26,6 +27,8 @@ class JobConfig:
     """Order and shape of the rows."""
     loss: Loss = field(default_factory=Loss)
     """The loss."""
+    moe: MoE = field(default_factory=MoE)
+    """Balancing of experts."""
     optimizer: Optimizer = field(default_factory=Optimizer)
     """How weights move."""
     lr_scheduler: LRScheduler = field(default_factory=LRScheduler)

@@ -58,7 +58,10 @@ class InnerAttention(nn.Module):
 class Attention(nn.Module):
     """Rotary grouped-query self-attention without biases."""
 
-    def __init__(self, dim: int, n_heads: int, n_kv_heads: int, head_dim: int) -> None:
+    def __init__(
+        self, dim: int, n_heads: int, n_kv_heads: int, head_dim: int, qk_norm_eps: float | None = None
+    ) -> None:
+        """Sizes. With `qk_norm_eps` each head's queries and keys are normed before they are turned."""
         super().__init__()
         self.head_dim = head_dim
         self.wq = nn.Linear(dim, n_heads * head_dim, bias=False)
@@ -66,6 +69,9 @@ class Attention(nn.Module):
         self.wv = nn.Linear(dim, n_kv_heads * head_dim, bias=False)
         self.wo = nn.Linear(n_heads * head_dim, dim, bias=False)
         self.inner = InnerAttention()
+        self.q_norm, self.k_norm = (
+            nn.Identity() if qk_norm_eps is None else nn.RMSNorm(head_dim, eps=qk_norm_eps) for _ in range(2)
+        )
 
     def forward(self, x: Tensor, turn: Rotation, mask: Tensor | None) -> Tensor:
         """Attend within each row. # (rows, seq, dim) → (rows, seq, dim)
@@ -74,7 +80,8 @@ class Attention(nn.Module):
         """
         rows, seq, _ = x.shape
         heads = (rows, seq, -1, self.head_dim)  # -1: under tensor parallelism a rank holds some of the heads
-        q, k = apply_rotary(self.wq(x).view(heads), self.wk(x).view(heads), turn)
+        q, k = self.q_norm(self.wq(x).view(heads)), self.k_norm(self.wk(x).view(heads))
+        q, k = apply_rotary(q, k, turn)
         v = self.wv(x).view(heads)
         out = self.inner(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
         return self.wo(out.transpose(1, 2).reshape(rows, seq, -1))

@@ -7,8 +7,8 @@ The same ranks 0 … world − 1, tensor-parallel neighbours next to each other,
     sparse        [pp, dp_replicate, efsdp, ep, etp] who holds which experts
 
 A dimension of size 1 is left out, and a single process needs no process group at all. Each dimension's process group
-belongs to one view; where another view has the dimension only for its arithmetic (`pp` and `tp` outside dense), it gets
-the backend "fake", which cannot communicate and costs nothing.
+belongs to one view, `dp_replicate`'s to both that hold parameters; where another view has the dimension only for its
+arithmetic (`pp` and `tp` outside dense), it gets the backend "fake", which cannot communicate and costs nothing.
 
 The views are separate meshes of the public `init_device_mesh`. Unflattening one world mesh was rejected: that API is
 private, and nothing slices across views. Build outside of FakeTensorMode; the accessors then work inside it too.
@@ -36,7 +36,7 @@ OWNED = {
     "loading": ("batch", "cp"),
     "loss": ("loss",),
     "dense": ("pp", "dp_replicate", "fsdp", "tp"),
-    "sparse": ("efsdp", "ep", "etp"),
+    "sparse": ("dp_replicate", "efsdp", "ep", "etp"),
 }
 """The dimensions whose process groups are made in that view."""
 
@@ -67,7 +67,8 @@ class ParallelDims:
         """The mesh over dimensions of one view, in the view's order, without those of size 1; None if none is left.
 
         Names: batch, cp; loss; pp, dp_replicate, fsdp, tp; efsdp, ep, etp. `mesh("dp_replicate", "fsdp")` is HSDP's.
-        The last three exist only with an expert degree above 1.
+        The last three exist only where experts are laid out unlike dense parameters: with an expert degree above 1, or
+        with `tp`.
         Raises MeshError for names that no view owns together.
         """
         view = _owner(names)
@@ -87,6 +88,12 @@ class ParallelDims:
         if "dense" not in self._views:
             return None
         return self._views["dense"][("dp_replicate", "fsdp") if self.degrees.dp_replicate > 1 else ("fsdp",)]
+
+    def expert_mesh(self) -> DeviceMesh | None:
+        """The mesh that experts' parameters live on besides (ep, etp): as `parameter_mesh`, with `efsdp` for `fsdp`."""
+        if "sparse" not in self._views:
+            return self.parameter_mesh()
+        return self._views["sparse"][("dp_replicate", "efsdp") if self.degrees.dp_replicate > 1 else ("efsdp",)]
 
     def axis(self, name: str) -> Axis | None:
         """One dimension for `components.mesh.collectives`; None if its size is 1."""
@@ -121,16 +128,16 @@ def _needed(view: str, degrees: Degrees) -> bool:
     if view == "dense":
         return True
     if view == "sparse":
-        return degrees.ep * degrees.etp > 1
+        return degrees.ep * degrees.etp * degrees.tp > 1
     if view == "loss":
         return degrees.batch > 1 and degrees.cp > 1
     return degrees.loss > 1
 
 
 def _build(view: str, degrees: Degrees, device_type: str) -> DeviceMesh:
-    """One view, without its dimensions of size 1; only `fsdp` stays, as the home of unsharded parameters."""
+    """One view, without its dimensions of size 1; only `fsdp` and `efsdp` stay: unsharded parameters live there."""
     sizes = {name: getattr(degrees, name) for name in VIEWS[view]}
-    sizes = {name: size for name, size in sizes.items() if size > 1 or name == "fsdp"}
+    sizes = {name: size for name, size in sizes.items() if size > 1 or name in ("fsdp", "efsdp")}
     fake: dict[int | str, Any] = {name: "fake" for name, size in sizes.items() if size == 1 or name not in OWNED[view]}
     return init_device_mesh(
         device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes), backend_override=fake or None

@@ -7,7 +7,7 @@ One optimizer per part, as TorchTitan has it, was rejected: groups already do wh
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +26,29 @@ OptimizerFactory = Callable[[Groups, Optimizer, torch.device], torch.optim.Optim
 optimizers: Registry[OptimizerFactory] = Registry("optimizer", "optimizer.name")
 
 
+class Follower(Protocol):
+    """What learns from a step without a gradient."""
+
+    def step(self) -> None:
+        """The parameters have moved."""
+        ...
+
+    def reset(self) -> None:
+        """The gradients have been freed, after a step or without one."""
+        ...
+
+
 class Optimizers:
     """All parameters' optimizer: stepping, the learning rate, and the state to save."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str], lr: float) -> None:
         self._optimizer, self._names, self._peak_lr, self._factor = optimizer, names, lr, 1.0
         self._peaks = [float(group["lr"]) for group in optimizer.param_groups]
+        self._followers: list[Follower] = []
+
+    def follow(self, follower: Follower) -> None:
+        """Let something be told of each step from now on."""
+        self._followers.append(follower)
 
     @property
     def lr(self) -> float:
@@ -47,10 +64,14 @@ class Optimizers:
     def step(self) -> None:
         """One optimizer step from the gradients that are there."""
         self._optimizer.step()
+        for follower in self._followers:
+            follower.step()
 
     def zero_grad(self) -> None:
         """Free all gradients."""
         self._optimizer.zero_grad(set_to_none=True)
+        for follower in self._followers:
+            follower.reset()
 
     def named_state(self) -> dict[str, Tensor]:
         """The state's own tensors by `<parameter>.<state>`, to save from or to load into in place.
@@ -68,6 +89,12 @@ class Optimizers:
                     )
                 state.setdefault(f"{name}.{key}", value)  # of a name that two parts hold, the first part's
         return state
+
+    def copy_state(self, source: nn.Parameter, target: nn.Parameter) -> None:
+        """Give one parameter's state to another, laid out alike."""
+        self._materialize()
+        for key, value in self._optimizer.state[source].items():
+            self._optimizer.state[target][key].copy_(value)
 
     def bytes(self) -> int:
         """Bytes of state on this rank; 0 before the first step or `named_state`."""
@@ -90,12 +117,6 @@ class Optimizers:
         self._optimizer.step()
         for group, values in zip(groups, kept, strict=True):
             group.update(values)
-    def copy_state(self, source: nn.Parameter, target: nn.Parameter) -> None:
-        """Give one parameter's state to another, laid out alike."""
-        self._materialize()
-        for key, value in self._optimizer.state[source].items():
-            self._optimizer.state[target][key].copy_(value)
-
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
         for parameter in missing:

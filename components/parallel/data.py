@@ -9,6 +9,7 @@ autocast, prefixes names, and shares no code with the rest. See docs/decisions/0
 Gradients are summed over ranks, never averaged: the trainer's loss is already divided by the global token count.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
+from torch.distributed.tensor import DTensor, Shard
 
 from components.config.parallelism import Parallelism
 from components.mesh.degrees import Degrees
@@ -54,8 +56,9 @@ def shard(
     """Apply data parallelism in place. Parameters become DTensors; without a process group nothing happens.
 
     Units, each gathered and reduced in one piece: embedding, every block, head, fp32 modules (so that a unit has one
-    type), and the root with the rest. Tied parameters belong to the root, which stays gathered from the model's
-    forward to the end of backward, so that the embedding and the head, which the loss calls later, find them.
+    type), each layer's experts (which have a mesh of their own), and the root with the rest. Tied parameters belong to
+    the root, which stays gathered from the model's forward to the end of backward, so that the embedding and the head,
+    which the loss calls later, find them.
 
     Args:
         model: On any device, meta included. With `cpu_offload` its parameters are to be materialized on the CPU.
@@ -74,6 +77,9 @@ def shard(
     if compute_dtype != torch.float32:
         for module in find(model, plan.fp32).values():
             fully_shard(module, **shared, mp_policy=_precision(torch.float32), reshard_after_forward=reshard)
+    for module in _experts(model, plan):
+        own = shared | {"mesh": dims.expert_mesh(), "shard_placement_fn": partial(_even_dimension, dims.degrees.efsdp)}
+        fully_shard(module, **own, mp_policy=policy, reshard_after_forward=reshard)
     for module in _units(model, plan):
         fully_shard(module, **shared, mp_policy=policy, reshard_after_forward=reshard)
     head = find(model, (plan.head,)).get(plan.head)
@@ -114,6 +120,20 @@ def _units(model: nn.Module, plan: Plan) -> list[nn.Module]:
     """Embedding, if it has its parameters for itself, and blocks."""
     embedding = () if _tied(model, plan) else (plan.embedding,)
     return list(find(model, (*embedding, *plan.blocks)).values())
+
+
+def _experts(model: nn.Module, plan: Plan) -> list[nn.Module]:
+    return [layer.get_submodule("experts") for layer in find(model, plan.experts).values()]
+
+
+def _even_dimension(ranks: int, parameter: nn.Parameter) -> Shard:
+    """By expert where there are enough of them here for all ranks, else along another dimension that divides.
+
+    A block's other matrices have thousands of rows; of experts, a rank may have a single one. Where nothing divides,
+    by expert again, since only the first dimension may be cut unevenly.
+    """
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return Shard(next((dim for dim, size in enumerate(local.shape) if size % ranks == 0), 0))
 
 
 def _tied(model: nn.Module, plan: Plan) -> bool:

@@ -28,11 +28,12 @@ SAVED_OPS = (
     "aten::_scaled_dot_product_fused_attention_overrideable",
     "flex_attention",
     "_c10d_functional::reduce_scatter_tensor",
+    "_c10d_functional::all_to_all_single",
     "aten::max",  # the amax of float8 scaling: one number, but a pass over the tensor
 )
 """Operations whose results `op` always keeps: attention, and communication that would have to be repeated."""
 
-MATMULS = {"aten::mm": 1, "aten::addmm": 2}
+MATMULS = {"aten::mm": 1, "aten::addmm": 2, "aten::_grouped_mm": 1}
 """Matrix products, of which `op` keeps the first, third, …; and which of their arguments is the weight, transposed."""
 
 

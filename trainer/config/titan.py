@@ -42,7 +42,7 @@ DIFFERENT_DEFAULTS: dict[str, object] = {
 }
 """Key → its default in v0.2.2, where ours differs. The key's own docstring says why."""
 
-OUR_SECTIONS = ("data", "loss")
+OUR_SECTIONS = ("data", "loss", "moe")
 """Sections that v0.2.2 does not have."""
 
 OUR_KEYS = (

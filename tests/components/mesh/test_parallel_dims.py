@@ -37,6 +37,7 @@ def test_hsdp_with_tensor_parallelism() -> None:
         "dp_replicate": [1, 5],
         "fsdp": [5, 7],
         "tp": [4, 5],
+        "efsdp": [4, 5, 6, 7],
     }
 
 
@@ -91,7 +92,7 @@ def test_dimensions_of_different_views() -> None:
     with pytest.raises(MeshError) as error:
         ParallelDims.build(Degrees(), "cpu").mesh("batch", "tp")
     assert str(error.value) == (
-        "no mesh has batch and tp: allowed together: batch, cp; loss; pp, dp_replicate, fsdp, tp; efsdp, ep, etp"
+        "no mesh has batch and tp: allowed together: batch, cp; loss; pp, dp_replicate, fsdp, tp; dp_replicate, efsdp, ep, etp"
     )
 
 
