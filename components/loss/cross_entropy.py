@@ -5,6 +5,10 @@ In chunks only one chunk's logits exist at any time; the price is one more proje
 the gradient already in forward would save that price, and was rejected: forward would then cost the same without a
 backward (validation), and the gradient could not be scaled by what is known only later.
 
+Over a sharded vocabulary (tensor parallelism) no rank ever sees all logits of a token: the largest, the sum of the
+exponentials and the label's logit are three numbers a token, which the ranks exchange. The price is that our own
+softmax takes the place of PyTorch's fused one.
+
 Sums per token come first, then per row: `reduction="sum"` per row would be a kernel for each row.
 """
 
@@ -12,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,17 +25,18 @@ from torch.utils.checkpoint import checkpoint
 
 from components.config.training import Loss
 from components.mesh.batch import IGNORE, Batch, RowLoss
+from components.mesh.collectives import all_reduce, largest
+from components.mesh.projection import Projection, VocabularyShard
 from components.mesh.registry import Registry
-
-Project = Callable[[Tensor], Tensor]
-"""Hidden states (..., dim) → logits (..., vocab)."""
 
 
 class LossFn(Protocol):
     """A loss. It calls `head` once at most, so that the head's hooks (gathering, resharding) fire once."""
 
     def __call__(self, hidden: Tensor, head: nn.Module, batch: Batch) -> RowLoss:
-        """`hidden` is (rows, seq, dim), after the final norm; the answer is differentiable in it and in the head."""
+        """`hidden` is what the model returned, after the final norm: (rows, seq, dim), or this rank's piece of each
+        sequence. What `head` answers, and what it hands to `apply`, is of whole sequences. The answer is
+        differentiable in `hidden` and in the head."""
         ...
 
 
@@ -43,25 +48,73 @@ def build_loss(config: Loss) -> LossFn:
     return losses.lookup(config.name)(config)
 
 
-def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+TokenLosses = Callable[[Tensor, Tensor, VocabularyShard | None], Tensor]
+"""Logits (tokens, vocab) or a shard of them, labels (tokens,) → losses (tokens,)."""
+
+
+def token_losses(logits: Tensor, labels: Tensor, shard: VocabularyShard | None = None) -> Tensor:
     """Cross-entropy of each token in fp32; exactly 0, with gradient 0, where the label is IGNORE.
 
-    `logits` (tokens, vocab), `labels` (tokens,) → (tokens,)
+    `logits` (tokens, vocab), or with `shard` this rank's part of them, `labels` (tokens,) → (tokens,)
     """
-    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="none")
+    if shard is None:
+        return F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="none")
+    if shard.some_empty:  # so that each rank has a largest logit
+        logits = F.pad(logits, (0, 1), value=-torch.inf)
+    return _ShardedCrossEntropy.apply(logits, labels, shard)
+
+
+class _ShardedCrossEntropy(torch.autograd.Function):
+    """log Σ exp(logits) − logits[label], from each rank's logits. What follows is the same on all ranks.
+
+    Backward makes the probabilities anew from the logits: kept are those, in their own type, and one number a token.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, shard: VocabularyShard) -> Tensor:
+        x = logits.float()
+        peak = largest(x.amax(dim=-1), shard.axis)
+        index = labels - shard.start
+        inside = (index >= 0) & (index < shard.size)  # IGNORE is negative: inside nowhere
+        index = torch.where(inside, index, 0)
+        mine = torch.where(inside, x.gather(-1, index[:, None])[:, 0] - peak, 0.0)
+        total, target = all_reduce(torch.stack(((x - peak[:, None]).exp().sum(dim=-1), mine)), shard.axis)
+        log_total = total.log()
+        valid = labels != IGNORE
+        ctx.save_for_backward(logits, log_total + peak, index, inside, valid)
+        return torch.where(valid, log_total - target, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyrefly: ignore[bad-override]
+        logits, log_sum, index, inside, valid = ctx.saved_tensors
+        out = (logits.float() - log_sum[:, None]).exp()
+        out = out.scatter_add(-1, index[:, None], -inside.float()[:, None])
+        return (out * torch.where(valid, grad, 0.0)[:, None]).to(logits.dtype), None, None
+
+
+def project_and_judge(judge: TokenLosses, hidden: Tensor, labels: Tensor, project: Projection) -> Tensor:
+    """Losses of tokens from their hidden states, with no more of the logits on this rank than its head gives.
+
+    `hidden` (tokens, dim), `labels` (tokens,) → (tokens,)
+    """
+    return judge(project.local(hidden), labels, project.shard)
 
 
 @dataclass(frozen=True)
 class CrossEntropy:
     """Projects all tokens at once."""
 
-    token_losses: Callable[[Tensor, Tensor], Tensor] = token_losses
+    token_losses: TokenLosses = token_losses
     """What is taken of each token's logits; the part that is worth compiling (`dataclasses.replace`)."""
 
     def __call__(self, hidden: Tensor, head: nn.Module, batch: Batch) -> RowLoss:
-        """See LossFn."""
-        logits = head(hidden)  # (rows, seq, vocab)
-        return _by_row(self.token_losses(logits.flatten(0, 1), batch.labels.flatten()), batch.labels)
+        """See LossFn. `head(hidden, apply)` must call `apply(hidden, project)` inside its forward."""
+        labels = batch.labels.flatten()
+
+        def apply(hidden: Tensor, project: Projection) -> Tensor:
+            return project_and_judge(self.token_losses, hidden.flatten(0, 1), labels, project)
+
+        return _by_row(head(hidden, apply), batch.labels)
 
 
 @dataclass(frozen=True)
@@ -70,22 +123,22 @@ class ChunkedCrossEntropy:
 
     chunk_tokens: int
     """Tokens whose logits exist at one time."""
-    token_losses: Callable[[Tensor, Tensor], Tensor] = token_losses
+    token_losses: TokenLosses = token_losses
     """As in CrossEntropy."""
 
     def __call__(self, hidden: Tensor, head: nn.Module, batch: Batch) -> RowLoss:
         """See LossFn. `head(hidden, apply)` must call `apply(hidden, project)` inside its forward."""
         labels = batch.labels.flatten().split(self.chunk_tokens)
 
-        def apply(hidden: Tensor, project: Project) -> Tensor:
+        def apply(hidden: Tensor, project: Projection) -> Tensor:
             pieces = hidden.flatten(0, 1).split(self.chunk_tokens)  # one backward for all pieces, unlike slices
             return torch.cat([self._piece(h, y, project) for h, y in zip(pieces, labels, strict=True)])
 
         return _by_row(head(hidden, apply), batch.labels)
 
-    def _piece(self, hidden: Tensor, labels: Tensor, project: Project) -> Tensor:
+    def _piece(self, hidden: Tensor, labels: Tensor, project: Projection) -> Tensor:
         def of_piece(hidden: Tensor) -> Tensor:
-            return self.token_losses(project(hidden), labels)
+            return project_and_judge(self.token_losses, hidden, labels, project)
 
         if not torch.is_grad_enabled():
             return of_piece(hidden)

@@ -64,6 +64,13 @@ def all_reduce(x: Tensor, axis: Axis | None) -> Tensor:
     return x if axis is None else _AllReduce.apply(x, axis)
 
 
+def largest(x: Tensor, axis: Axis | None) -> Tensor:
+    """The largest over ranks, element by element, the same on all ranks. Without a gradient."""
+    if axis is None:
+        return x.detach()
+    return _ops.wait_tensor(_ops.all_reduce(x.detach().contiguous(), "max", axis.name))
+
+
 def join(x: Tensor, dim: int, axis: Axis | None, sizes: Sequence[int]) -> Tensor:
     """Parts → the whole, along `dim`; `sizes` are the ranks' lengths, which may differ. Padding happens inside.
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from components.config.compute import Compile
 from components.mesh.plan import Plan
+from components.parallel.local import with_locals
 from components.parallel.modules import find
 from components.runtime.errors import ConfigError
 
@@ -24,13 +25,14 @@ def compile_blocks(model: nn.Module, plan: Plan, config: Compile) -> None:
     """Replace the `forward` of every block by its compiled form, if `[compile]` says so.
 
     Without graph breaks, which would cost silently what compiling gains; only blocks that hold modules of other
-    precision may break, at the hooks that gather those.
+    precision or experts may break, at the hooks that gather those and at dispatch, whose sizes are data.
     """
     if not config.enable or "model" not in config.components:
         return
     _require_backend(config)
     for block in find(model, plan.blocks).values():
-        block.forward = torch.compile(block.forward, backend=config.backend, fullgraph=not plan.fp32)
+        whole = not (plan.fp32 or plan.experts)
+        block.forward = with_locals(block, torch.compile(block.forward, backend=config.backend, fullgraph=whole))
 
 
 def compile_loss(loss: Callable[P, R], config: Compile) -> Callable[P, R]:

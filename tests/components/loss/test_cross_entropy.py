@@ -12,6 +12,7 @@ from components.config.training import Loss
 from components.loss.cross_entropy import ChunkedCrossEntropy, CrossEntropy, LossFn, build_loss, losses
 from components.loss.names import LOSSES
 from components.mesh.batch import IGNORE, Batch, RowLoss
+from components.mesh.projection import Projection
 from components.runtime.errors import ConfigError
 
 ROWS, SEQ, DIM, VOCAB = 4, 10, 8, 50
@@ -23,9 +24,10 @@ class _Head(nn.Linear):
 
     calls = 0
 
-    def forward(self, input: Tensor, apply: Callable[[Tensor, Callable[[Tensor], Tensor]], Any] | None = None) -> Any:
+    def forward(self, input: Tensor, apply: Callable[[Tensor, Projection], Any] | None = None) -> Any:
         self.calls += 1
-        return super().forward(input) if apply is None else apply(input, super().forward)
+        project = Projection(super().forward)
+        return project(input) if apply is None else apply(input, project)
 
 
 def _problem(dtype: torch.dtype = torch.float32) -> tuple[Tensor, _Head, Batch]:
@@ -168,5 +170,5 @@ def test_chunks_never_hold_the_logits_of_all_tokens() -> None:
 
 def test_part_to_compile_can_be_replaced() -> None:
     for loss in BOTH[:2]:
-        zero = dataclasses.replace(loss, token_losses=lambda logits, labels: logits.sum(-1) * 0)
+        zero = dataclasses.replace(loss, token_losses=lambda logits, labels, shard: logits.sum(-1) * 0)
         assert _run(zero)[0].sums.tolist() == [0.0] * ROWS
