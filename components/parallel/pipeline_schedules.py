@@ -205,7 +205,7 @@ def _shown(action: Action) -> str:
     return f"{action.stage}{action.kind}{action.microbatch}"
 
 
-def schedule_problems(parallelism: Parallelism, local_batch_size: int) -> Iterator[str]:
+def pipeline_problems(parallelism: Parallelism, local_batch_size: int) -> Iterator[str]:
     """Why the schedule cannot run on that many rows at a time; a line each. Nothing without pipeline parallelism."""
     pp, size = parallelism.pipeline_parallel_degree, parallelism.pipeline_parallel_microbatch_size
     if pp == 1:

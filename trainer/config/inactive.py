@@ -139,6 +139,25 @@ INACTIVE = (
         "parallelism.pipeline_parallel_degree is 1",
     ),
     Inactive(
+        ("parallelism.pipeline_parallel_schedule",),
+        lambda job: bool(job.parallelism.pipeline_parallel_schedule_csv),
+        "parallelism.pipeline_parallel_schedule_csv decides",
+    ),
+    Inactive(
+        (
+            "parallelism.pipeline_parallel_first_",
+            "parallelism.pipeline_parallel_last_",
+            "parallelism.pipeline_parallel_layers_",
+        ),
+        lambda job: bool(job.parallelism.module_fqns_per_model_part),
+        "parallelism.module_fqns_per_model_part decides",
+    ),
+    Inactive(
+        ("parallelism.pipeline_parallel_expert_",),
+        lambda job: True,
+        "no schedule overlaps the dispatch of one microbatch's experts with another's compute",
+    ),
+    Inactive(
         ("parallelism.context_parallel_load_balancer", "parallelism.context_parallel_rotate_method"),
         lambda job: job.parallelism.context_parallel_degree == 1,
         "parallelism.context_parallel_degree is 1",

@@ -19,6 +19,7 @@ from components.config.schema import get
 from components.config.training import DataLoader
 from components.mesh.degrees import Degrees, resolve_degrees
 from components.optim.schedule import schedule_problems
+from components.parallel.pipeline_schedules import pipeline_problems
 from components.runtime.errors import ConfigError, MeshError
 from trainer.config.names import check_names, find_model
 from trainer.config.support import unsupported
@@ -175,6 +176,10 @@ def _offload(job: JobConfig, degrees: Degrees) -> Problems:
         )
 
 
+def _pipeline(job: JobConfig, degrees: Degrees) -> Problems:
+    yield from pipeline_problems(job.parallelism, job.training.local_batch_size)
+
+
 def _schedule(job: JobConfig) -> Problems:
     yield from schedule_problems(job.lr_scheduler)
 
@@ -275,5 +280,12 @@ RULES: tuple[Callable[[JobConfig], Problems], ...] = (
 )
 """Rules on the job alone."""
 
-LAYOUT_RULES: tuple[Callable[[JobConfig, Degrees], Problems], ...] = (_batch, _streams, _sequence, _fake_rank, _offload)
+LAYOUT_RULES: tuple[Callable[[JobConfig, Degrees], Problems], ...] = (
+    _batch,
+    _streams,
+    _sequence,
+    _fake_rank,
+    _offload,
+    _pipeline,
+)
 """Rules on the job and its degrees, left out where the degrees do not fit the ranks."""
