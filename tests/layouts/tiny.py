@@ -1,0 +1,89 @@
+"""The models and the data of the matrix, brought in as a user would: by `experimental.custom_import`.
+
+Sizes are odd where they may be (vocabulary, feed-forward width), so that shards are uneven. Rows are packed from
+documents, and in the first step every second row has no valid label at all: with two or four data-parallel ranks some
+rank has none.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from components.config.job_config import JobConfig
+from components.data.documents import DatasetRequest
+from components.data.indexed import RowIndex
+from components.data.registry import datasets
+from components.layers.initialize import Init, Normal
+from models.llama3.args import FLAVORS
+from models.llama3.model import Llama3
+from models.llama3.spec import load
+from models.train_spec import register_train_spec
+
+UNTIED = replace(FLAVORS["debugmodel"], dim=24, n_layers=2, n_heads=4, n_kv_heads=2, ffn_hidden=43, vocab_size=67)
+LLAMA = {
+    "untied": UNTIED,
+    "tied": replace(UNTIED, tied_embeddings=True, n_layers=4),
+    "deep": replace(UNTIED, n_layers=8),
+}
+
+
+class LoudLlama(Llama3):
+    """Starts from larger matrices: else attention looks everywhere alike, its gradients are next to nothing beside the
+    head's, and no bound on them would mean much."""
+
+    def inits(self) -> dict[str, Init]:
+        """Matrices that keep a signal's size."""
+        loud = Normal(self.args.dim**-0.5)
+        return {name: loud if isinstance(init, Normal) else init for name, init in super().inits().items()}
+
+
+FIRST = ("packed", "barren", "front", "barren", "whole", "barren", "packed", "barren")
+LATER = ("packed", "front", "packed", "whole", "barren", "packed", "front", "whole")
+VALIDATION_ROWS = 10
+"""No multiple of the batch of 8: in the last validation step most rows are padding."""
+
+
+class UnevenRows:
+    """Random tokens in documents. With `data.document_mask` a document of one token has no label: rows then have all
+    of their labels, none, or only those of their first third.
+    """
+
+    def __init__(self, request: DatasetRequest) -> None:
+        self.count = VALIDATION_ROWS if request.validation else None
+        self.seq_len, self._vocab = request.seq_len, request.vocab_size
+        self.fingerprint = {"uneven": request.validation}
+
+    def row(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """See RowIndex."""
+        length = self.seq_len + 1
+        draw = np.random.default_rng([n, int(self.count is None)])
+        tokens = (draw.random(length) ** 2 * self._vocab).astype(np.int64)  # some are more frequent than others
+        kind = (FIRST if n < len(FIRST) else LATER)[n % len(FIRST)]
+        return tokens, np.cumsum(_borders(kind, length, draw))
+
+
+def _borders(kind: str, length: int, draw: np.random.Generator) -> np.ndarray:
+    """1 where a document begins, except the first. # (length,)"""
+    borders = np.zeros(length, np.int64)
+    if kind == "packed":
+        borders[1:] = draw.random(length - 1) < 0.15
+    elif kind == "barren":
+        borders[1:] = 1
+    elif kind == "front":
+        borders[length // 3 :] = 1
+    return borders
+
+
+def _open(request: DatasetRequest) -> RowIndex:
+    return UnevenRows(request)
+
+
+def _no_tokenizer(job: JobConfig) -> Any:
+    """The rows are tokens already, and reading a tokenizer takes a tenth of a rank's time."""
+
+
+if "uneven" not in datasets:
+    datasets.register("uneven", _open)
+    own: dict[str, Any] = {"build_tokenizer_fn": _no_tokenizer}
+    register_train_spec("matrix_llama", replace(load(), model_cls=LoudLlama, model_args=LLAMA, **own))
