@@ -150,6 +150,8 @@ class TrainSpec:
     pipelining_fn: Callable[[nn.Module, ParallelDims, JobConfig], list[Stage]] | None = None
     """(whole model on the meta device, dims, job) → this rank's pipeline stages, in order; None: the family has no plan
     for pipeline parallelism."""
+    args_for_job_fn: Callable[[Any, JobConfig], Any] = lambda args, job: args
+    """(arguments, job) → arguments with what the job's keys change of them; what `model_cls` is then called with."""
     inputs: tuple[str, ...] = ("positions", "document_ids")
     """What the model reads of each token besides its id, as keyword arguments (rows, seq): `positions`, `document_ids`
     (only with `data.document_mask`), `shares` (each token's share of the step's loss: 1 / valid tokens of the global
@@ -200,9 +202,11 @@ def register_family(name: str, flavors: Mapping[str, ModelArgs], spec: str) -> N
 
 
 def _register_built_in() -> None:
-    from models.llama3.args import FLAVORS
+    from models.llama3.args import FLAVORS as LLAMA3
+    from models.qwen3.args import FLAVORS as QWEN3
 
-    register_family("llama3", FLAVORS, "models.llama3.spec:load")
+    register_family("llama3", LLAMA3, "models.llama3.spec:load")
+    register_family("qwen3", QWEN3, "models.qwen3.spec:load")
 
 
 def load_entry_points() -> Iterator[str]:

@@ -46,7 +46,7 @@ def build_on_meta(spec: TrainSpec, args: ModelArgs, job: JobConfig) -> nn.Module
     torch.set_default_dtype(DTYPES[job.training.dtype])
     try:
         with torch.device("meta"):
-            return spec.model_cls(args)
+            return spec.model_cls(spec.args_for_job_fn(args, job))
     finally:
         torch.set_default_dtype(before)
 
@@ -61,6 +61,13 @@ def materialize(model: nn.Module, device: torch.device | str) -> None:
         for other in others:
             module, _, leaf = other.rpartition(".")
             setattr(model.get_submodule(module), leaf, model.get_parameter(first))
+
+
+def zero_buffers(model: nn.Module, device: torch.device | str) -> None:
+    """Let every buffer be zeros on `device`, where the model computes, also if its parameters are elsewhere."""
+    for module in model.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.zeros_like(buffer, device=device))
 
 
 def build_stages(
@@ -94,6 +101,7 @@ def fill(stages: list[Stage], job: JobConfig, device: torch.device, seed: int) -
     """Give the stages memory, and the values that `seed` gives them."""
     for stage in stages:
         materialize(stage.module, "cpu" if job.training.enable_cpu_offload else device)
+        zero_buffers(stage.module, device)
         initialize(stage.module, cast(Model, stage.module).inits(), seed)
 
 

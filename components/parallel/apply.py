@@ -1,29 +1,24 @@
 """The one parallelizer: a model's plan and the job's configuration, applied in the only order that works.
 
-Recompute comes first, so that compile sees it and can trade inside of each block; compile second, so that FSDP's hooks
-stay outside of the compiled code; data parallelism last, around all that.
+Tensor parallelism comes first: it replaces the parameters, and the forward of single layers, which all the others wrap.
+Recompute comes before compile, which then sees it and can trade inside of each block; compile before data parallelism,
+whose hooks stay outside of the compiled code.
 """
 
 import torch
 from torch import nn
 
 from components.config.job_config import JobConfig
-from components.mesh.degrees import Degrees
 from components.mesh.parallel_dims import ParallelDims
 from components.mesh.plan import Plan
 from components.parallel.compile import compile_blocks
+from components.parallel.context import share_sequence
 from components.parallel.data import shard
+from components.parallel.expert import expert
 from components.parallel.modules import find
 from components.parallel.recompute import recompute
+from components.parallel.tensor import tensor
 from components.runtime.errors import MeshError
-
-UNPLANNED = {
-    "tp": "tensor_parallel_degree",
-    "cp": "context_parallel_degree",
-    "pp": "pipeline_parallel_degree",
-    "ep": "expert_parallel_degree",
-}
-"""Degrees that plans cannot describe yet, and the keys that set them."""
 
 
 def parallelize(
@@ -39,20 +34,15 @@ def parallelize(
         compute_dtype: Type that parameters are cast to for compute (`training.mixed_precision_param`, resolved).
 
     Raises:
-        MeshError: A degree that plans cannot describe, or a plan that is not this model's.
+        MeshError: A degree that the plan does not describe, or a plan that is not this model's.
         ConfigError: Settings of recompute that cannot be.
     """
-    _refuse_unplanned(dims.degrees)
-    if not find(model, plan.blocks):
+    if dims.degrees.pp == 1 and not find(model, plan.blocks):  # a pipeline stage may be the embedding or head alone
         raise MeshError(f"the plan's blocks are {', '.join(plan.blocks)}, but {type(model).__name__} has none of them")
+    tensor(model, plan, dims, job)
+    share_sequence(model, plan, dims.axis("cp"), job.parallelism)
+    expert(model, plan, dims)
     recompute(model, plan, job.activation_checkpoint)
     compile_blocks(model, plan, job.compile)
     shard(model, plan, dims, job.parallelism, compute_dtype, job.training.enable_cpu_offload)
     return model
-
-
-def _refuse_unplanned(degrees: Degrees) -> None:
-    for name, key in UNPLANNED.items():
-        degree = getattr(degrees, name)
-        if degree > 1:
-            raise MeshError(f"parallelism.{key} = {degree}: not yet supported by this model: set it to 1")

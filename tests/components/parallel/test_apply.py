@@ -20,9 +20,10 @@ from tests.ranks import run_ranks
 @pytest.mark.parametrize(
     ("degrees", "message"),
     [
-        (Degrees(tp=2), "parallelism.tensor_parallel_degree = 2: not yet supported by this model: set it to 1"),
-        (Degrees(cp=4), "parallelism.context_parallel_degree = 4: not yet supported by this model: set it to 1"),
-        (Degrees(pp=2), "parallelism.pipeline_parallel_degree = 2: not yet supported by this model: set it to 1"),
+        (
+            Degrees(tp=2),
+            "parallelism.tensor_parallel_degree = 2: this model family has no plan for tensor parallelism: set it to 1",
+        ),
     ],
 )
 def test_unplanned_degrees_are_refused(degrees: Degrees, message: str) -> None:
