@@ -10,6 +10,11 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from components.config.job_config import JobConfig
+from components.parallel.pipeline_cut import cut_problems
+from models.limits import context_problems, tensor_problems
+
+ORDER = ("tok_embeddings", "layers.*", "norm", "output")
+"""The modules in the order in which they run: where a pipeline can cut."""
 
 
 @dataclass(frozen=True)
@@ -83,13 +88,13 @@ class Llama3Args:
     def problems(self, job: JobConfig) -> list[str]:
         """Why this shape cannot run in that layout; empty if it can. Each line begins with a dotted key."""
         degrees = {
-            "tensor": job.parallelism.tensor_parallel_degree,
-            "context": job.parallelism.context_parallel_degree,
-            "pipeline": job.parallelism.pipeline_parallel_degree,
             "expert": job.parallelism.expert_parallel_degree,
             "expert_tensor": job.parallelism.expert_tensor_parallel_degree,
         }
         found = [_no_plan(kind, degree) for kind, degree in degrees.items() if degree > 1]
+        found += tensor_problems(job, self.n_heads, self.n_kv_heads)
+        found += context_problems(job, self.n_heads)
+        found += cut_problems(job.parallelism, ORDER, self.n_layers)
         lengths = {"training.seq_len": job.training.seq_len}
         if job.validation.enable:
             lengths["validation.seq_len"] = job.validation.seq_len

@@ -9,7 +9,8 @@ from components.config.job_config import JobConfig
 from components.mesh.parallel_dims import ParallelDims
 from components.mesh.plan import Columns, Gathered, Plan, Replicated, Rows
 from components.parallel.apply import parallelize
-from models.llama3.args import Llama3Args
+from components.parallel.pipeline import Stage, split
+from models.llama3.args import ORDER, Llama3Args
 from models.llama3.model import Llama3
 
 
@@ -37,10 +38,15 @@ def llama3_plan(args: Llama3Args) -> Plan:
         },
         attention=("layers.*.attention.inner",),
         mask="mask",
-        order=("tok_embeddings", "layers.*", "norm", "output"),
+        order=ORDER,
     )
 
 
 def parallelize_llama3(model: nn.Module, dims: ParallelDims, job: JobConfig, dtype: torch.dtype) -> nn.Module:
     """The model, or a pipeline stage of it, laid out over the mesh; `dtype` is the type of compute."""
     return parallelize(model, llama3_plan(cast(Llama3, model).args), dims, job, dtype)
+
+
+def pipeline_llama3(model: nn.Module, dims: ParallelDims, job: JobConfig) -> list[Stage]:
+    """This rank's pipeline stages of a whole model on the meta device."""
+    return split(model, llama3_plan(cast(Llama3, model).args), dims, job)

@@ -10,7 +10,7 @@ import torch
 from components.config.job_config import JobConfig
 from components.config.parallelism import Parallelism
 from components.config.training import Training, Validation
-from models.llama3.args import FLAVORS
+from models.llama3.args import FLAVORS, Llama3Args
 from models.llama3.model import Llama3
 
 PUBLISHED = {
@@ -65,9 +65,7 @@ def test_flops_match_those_of_the_kernels() -> None:
 def test_problems_name_key_and_number() -> None:
     job = JobConfig(
         parallelism=Parallelism(
-            tensor_parallel_degree=2,
-            context_parallel_degree=4,
-            pipeline_parallel_degree=8,
+            tensor_parallel_degree=64,
             expert_parallel_degree=2,
             expert_tensor_parallel_degree=2,
         ),
@@ -75,16 +73,37 @@ def test_problems_name_key_and_number() -> None:
         validation=Validation(enable=True, seq_len=200000),
     )
     assert FLAVORS["8B"].problems(job) == [
-        "parallelism.tensor_parallel_degree = 2: llama3 has no plan for tensor parallelism yet; set it to 1",
-        "parallelism.context_parallel_degree = 4: llama3 has no plan for context parallelism yet; set it to 1",
-        "parallelism.pipeline_parallel_degree = 8: llama3 has no plan for pipeline parallelism yet; set it to 1",
         "parallelism.expert_parallel_degree = 2: llama3 has no plan for expert parallelism yet; set it to 1",
         "parallelism.expert_tensor_parallel_degree = 2: llama3 has no plan for expert-tensor parallelism yet;"
         " set it to 1",
+        "parallelism.tensor_parallel_degree = 64: each rank computes whole heads, but 64 does not divide the 32 heads;"
+        " take 1, 2, 4, 8, 16 or 32",
         "training.seq_len = 131073: longer than the 131072 tokens this llama3 flavor was made for; shorten it",
         "validation.seq_len = 200000: longer than the 131072 tokens this llama3 flavor was made for; shorten it",
     ]
     assert FLAVORS["8B"].problems(JobConfig()) == []
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "degree", "end"),
+    [
+        (12, 4, 2, None),
+        (12, 4, 12, None),
+        (12, 4, 8, "whole heads, but 8 does not divide the 12 heads; take 1, 2, 4 or 12"),
+        (
+            12,
+            4,
+            6,
+            "the key-value heads of its heads, but 6 neither divides their number, 4, nor is a multiple of it;"
+            " take 1, 2, 4 or 12",
+        ),
+    ],
+)
+def test_heads_decide_the_tensor_parallel_degree(heads: int, kv_heads: int, degree: int, end: str | None) -> None:
+    job = JobConfig(parallelism=Parallelism(tensor_parallel_degree=degree))
+    start = f"parallelism.tensor_parallel_degree = {degree}: each rank computes "
+    args = Llama3Args(dim=48, n_layers=1, n_heads=heads, n_kv_heads=kv_heads, ffn_hidden=49, vocab_size=51)
+    assert args.problems(job) == ([] if end is None else [start + end])
 
 
 def test_an_unused_validation_length_is_no_problem() -> None:
