@@ -26,7 +26,6 @@ ONE_VALUE_OF_MANY = {"activation_checkpoint.mode", "comm.mode"}
 
 TWO_RANKS = {
     "parallelism.tensor_parallel_degree": "tensor",
-    "parallelism.context_parallel_degree": "context",
     "parallelism.pipeline_parallel_degree": "pipeline",
     "parallelism.expert_parallel_degree": "expert",
 }
@@ -89,7 +88,6 @@ REFUSED = {
 """Key → arguments that make it live, and how it is refused then."""
 
 PIPELINE = ("--parallelism.pipeline_parallel_degree=2",)
-CONTEXT = ("--parallelism.context_parallel_degree=2",)
 BUDGET = ("--activation_checkpoint.mode=memory_budget",)
 FAULTS = ("--fault_tolerance.enable",)
 SETTINGS: dict[str, tuple[tuple[str, ...], str]] = {
@@ -124,10 +122,6 @@ SETTINGS: dict[str, tuple[tuple[str, ...], str]] = {
             "pipeline_parallel_microbatch_size",
             "pipeline_parallel_expert_parallel_overlap",
         )
-    },
-    **{
-        f"parallelism.{name}": (CONTEXT, "parallelism.context_parallel_degree is 1")
-        for name in ("context_parallel_load_balancer", "context_parallel_rotate_method")
     },
     "parallelism.expert_parallel_comm_backend": (
         ("--parallelism.expert_parallel_degree=2",),
@@ -249,6 +243,9 @@ SYNTHETIC = 'training.dataset is "synthetic", whose rows are drawn by their numb
         (("--training.dataset=synthetic",), "data.streams", SYNTHETIC),
         (("--training.dataset=synthetic",), "data.shuffle_window", SYNTHETIC),
         (("--training.dataset=synthetic",), "data.document_mask", None),
+        ((), "parallelism.context_parallel_load_balancer", "parallelism.context_parallel_degree is 1"),
+        ((), "parallelism.context_parallel_rotate_method", "parallelism.context_parallel_degree is 1"),
+        (("--parallelism.context_parallel_degree=2",), "parallelism.context_parallel_rotate_method", None),
         (("--training.gc_debug",), "training.gc_freq", "training.gc_debug collects at every step"),
         (("--comm.trace_buf_size=0",), "comm.save_traces_folder", "comm.trace_buf_size is 0: nothing is recorded"),
         ((SAVES, "--checkpoint.load_only"), "checkpoint.last_save_model_only", "checkpoint.load_only saves nothing"),

@@ -1,5 +1,6 @@
 """Context parallelism: ranks that share sequences compute what one rank computes, loss and every gradient."""
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -8,11 +9,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from components.config.compute import ActivationCheckpoint, Compile
 from components.config.parallelism import Parallelism
 from components.mesh.batch import IGNORE, Batch
 from components.mesh.collectives import Axis
+from components.mesh.degrees import resolve_degrees
+from components.mesh.parallel_dims import ParallelDims
 from components.mesh.plan import Plan
 from components.parallel.chunks import Deal, Tile
 from components.parallel.compile import compile_blocks
@@ -244,3 +248,53 @@ def test_a_plan_without_attention_is_refused() -> None:
     assert str(error.value) == (
         "parallelism.context_parallel_degree = 2: Llama3 has no plan for context parallelism: set it to 1"
     )
+
+
+class Counting(TorchDispatchMode):
+    """Counts what is communicated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        space, _, name = func.name().partition("::")
+        self.found[name] += space == "_c10d_functional" and name != "wait_tensor"
+        return func(*args, **(kwargs or {}))
+
+
+def parts(rank: int, config: Parallelism) -> tuple[list[int], dict[str, int], dict[str, int]]:
+    """On one of three ranks: which tokens of a row of 6 it has; what a block's attention sends, forward, backward."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=rank, world_size=3, store=FakeStore())
+    axis = ParallelDims.build(resolve_degrees(config, 3), "cpu").axis("cp")
+    x = torch.arange(6)[None]
+    tokens = split_sequence(Batch(x, x, x, x), axis, config).tokens
+    model = Llama3(replace(ARGS, n_layers=1))
+    share_sequence(model, llama3_plan(ARGS), axis, config)
+    with Counting() as forward:
+        loss = model(tokens, tokens).sum()
+    with Counting() as backward:
+        loss.backward()
+    return tokens[0].tolist(), +forward.found, +backward.found
+
+
+@pytest.mark.shows(
+    "parallelism.context_parallel_degree",
+    "parallelism.context_parallel_load_balancer",
+    "parallelism.context_parallel_rotate_method",
+)
+def test_what_each_rank_holds_and_sends() -> None:
+    def of(rank: int, **settings: Any) -> tuple[list[int], dict[str, int], dict[str, int]]:
+        config = Parallelism(**{f"context_parallel_{name}": value for name, value in settings.items()})
+        return run_ranks(1, parts, rank, config, backend=None)[0]
+
+    assert of(2) == ([0, 1, 2, 3, 4, 5], {}, {})
+    gathers = {"all_gather_into_tensor": 2}, {"reduce_scatter_tensor": 2}
+    assert of(1, degree=3) == ([1, 4], *gathers)
+    assert of(1, degree=3, load_balancer="") == of(1, degree=3, load_balancer=None) == ([2, 3], *gathers)
+    ring = {"all_to_all_single": 2}, {"all_to_all_single": 2 + 3}  # keys, then also the gradients, all the way round
+    assert of(2, degree=3, rotate_method="alltoall") == ([2, 3], *ring)
+    trade = {"all_to_all_single": 4}, {"all_to_all_single": 4}
+    assert of(0, degree=3, rotate_method="ulysses") == ([0, 5], *trade)

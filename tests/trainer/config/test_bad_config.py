@@ -319,12 +319,31 @@ LAYOUTS = {
          " 1 (pipeline) = 6 ranks, but there are 4: set `parallelism.data_parallel_shard_degree` to 2 (or to -1: all"
          " that are left), or start 6 ranks"],
     ),
-    "no plan": (
-        ["--parallelism.context_parallel_degree=2", "--training.seq_len=30"],
-        2,
+    "context parallelism": (
+        ["--parallelism.context_parallel_degree=4", "--training.seq_len=30"],
+        4,
+        ["--training.seq_len=30: must be a multiple of 8, for a tensor-parallel degree of 1 and a context-parallel"
+         " degree of 4; take 32"],
+    ),
+    "context parallelism, nothing balanced": (
+        ["--parallelism.context_parallel_degree=4", "--training.seq_len=30",
+         "--parallelism.context_parallel_load_balancer="],
+        4,
         ["--training.seq_len=30: must be a multiple of 4, for a tensor-parallel degree of 1 and a context-parallel"
-         " degree of 2; take 32",
-         "--parallelism.context_parallel_degree=2: llama3 has no plan for context parallelism yet; set it to 1"],
+         " degree of 4; take 32"],
+    ),
+    "heads that ulysses cannot deal": (
+        ["--parallelism.context_parallel_degree=3", "--training.seq_len=30",
+         "--parallelism.context_parallel_rotate_method=ulysses"],
+        3,
+        ["--parallelism.context_parallel_degree=3: ulysses deals the 16 heads of each rank (16 /"
+         " tensor_parallel_degree) evenly to 3 ranks; take 1, 2, 4, 8 or 16, or another"
+         " parallelism.context_parallel_rotate_method"],
+    ),
+    "a balancer that there is not": (
+        ["--parallelism.context_parallel_degree=2", "--parallelism.context_parallel_load_balancer=zigzag"],
+        2,
+        ['--parallelism.context_parallel_load_balancer=zigzag: must be one of "headtail", "" or none'],
     ),
 }  # fmt: skip
 
