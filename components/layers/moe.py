@@ -19,6 +19,7 @@ the global batch's tokens, and down where it got more. Tokens without a valid la
 
 import functools
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -110,16 +111,23 @@ def _one_by_one(x: Tensor, sizes: Sequence[int], w1: Tensor, w2: Tensor, w3: Ten
 
 @functools.cache
 def can_group(device: torch.device, dtype: torch.dtype, dim: int, hidden: int) -> bool:
-    """Whether the grouped matmul takes matrices of this shape forward and backward: torch has no list of them."""
+    """Whether the grouped matmul takes matrices of this shape forward and backward: torch has no list of them.
+
+    Tried in a thread of its own, where nothing sees it that watches the caller's operations, as recomputation does.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_try_grouped, device, dtype, dim, hidden).result()
+
+
+def _try_grouped(device: torch.device, dtype: torch.dtype, dim: int, hidden: int) -> bool:
+    offsets = torch.ones(1, dtype=torch.int32, device=device)
     try:
-        with torch.enable_grad():
-            offsets = torch.ones(1, dtype=torch.int32, device=device)
-            for inner, outer in ((dim, hidden), (hidden, dim)):
-                x = torch.zeros(1, inner, dtype=dtype, device=device, requires_grad=True)
-                w = torch.zeros(1, outer, inner, dtype=dtype, device=device, requires_grad=True)
-                out = F.grouped_mm(x, w.mT, offs=offsets)
-                out.backward(torch.zeros_like(out, memory_format=torch.contiguous_format))
-    except (RuntimeError, AttributeError):
+        for inner, outer in ((dim, hidden), (hidden, dim)):
+            x = torch.zeros(1, inner, dtype=dtype, device=device, requires_grad=True)
+            w = torch.zeros(1, outer, inner, dtype=dtype, device=device, requires_grad=True)
+            out = F.grouped_mm(x, w.mT, offs=offsets)
+            out.backward(torch.zeros_like(out))
+    except RuntimeError:
         return False
     return True
 

@@ -1,6 +1,7 @@
 """Qwen3 computes what transformers' Qwen3 and Qwen3Moe compute."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from models.qwen3.args import Experts, Qwen3Args
 from models.qwen3.model import Qwen3
 
 DENSE = Qwen3Args(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_hidden=48, head_dim=12, vocab_size=64)
-MOE = replace(DENSE, ffn_hidden=0, experts=Experts(count=6, per_token=2, hidden=20))
+EXPERTS = Experts(count=6, per_token=2, hidden=20)
+MOE = replace(DENSE, ffn_hidden=0, experts=EXPERTS)
 CASES = {
     "dense": DENSE,
     "tied": replace(DENSE, tied_embeddings=True),
@@ -78,7 +80,7 @@ def transformers_twin(model: Qwen3) -> torch.nn.Module:
     from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     args = model.args
-    shape = {
+    shape: dict[str, Any] = {
         "vocab_size": args.vocab_size,
         "hidden_size": args.dim,
         "num_hidden_layers": args.n_layers,
@@ -145,7 +147,7 @@ def test_every_parameter_has_an_init(case: str) -> None:
 
 
 def test_counts_are_kept_in_training_only() -> None:
-    model = build(replace(MOE, experts=replace(MOE.experts, bias_rate=0.1)))
+    model = build(replace(MOE, experts=replace(EXPERTS, bias_rate=0.1)))
     tokens, labels, positions = random_batch(MOE)
     model(tokens, positions)
     counts = [layer.get_buffer("moe.tokens_per_expert") for layer in model.layers.children()]
