@@ -15,8 +15,9 @@ import traceback
 from collections.abc import Callable, MutableMapping
 from typing import TYPE_CHECKING, NoReturn
 
-from components.runtime.errors import ConfigError, EspalierError
+from components.runtime.errors import CommunicationError, ConfigError, EspalierError
 from components.runtime.world import World
+from trainer.urgency import Urgency
 
 if TYPE_CHECKING:
     from trainer.config.load import ResolvedJob
@@ -53,14 +54,16 @@ def train(argv: list[str], environ: MutableMapping[str, str]) -> int:
 
         return dry_run(resolved.job, resolved.notes, world_size(resolved, environ))
     from components.runtime.orphans import end_with_parent
+    from components.runtime.witness import explained
     from trainer.trainer import Trainer
 
     if "TORCHELASTIC_RUN_ID" in environ:
         end_with_parent()
     freeze_registries()
-    trainer = Trainer(resolved, environ)
-    trainer.train()
-    trainer.close()
+    with explained():
+        trainer = Trainer(resolved, environ)
+        trainer.train()
+        trainer.close()
     return 0
 
 
@@ -134,10 +137,14 @@ def report_errors(run: Callable[[], int]) -> int:
     try:
         return run()
     except EspalierError as error:
-        say(describe(error), os.environ, on_purpose=True)
+        say(
+            describe(error),
+            os.environ,
+            Urgency.COMMUNICATION if isinstance(error, CommunicationError) else Urgency.SAID,
+        )
         return int(error.exit_code)
     except KeyboardInterrupt:
-        say("interrupted", os.environ, on_purpose=True)
+        say("interrupted", os.environ, Urgency.SAID)
         return 130
     except BrokenPipeError:  # whoever reads standard output has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the last flush at exit has a place
@@ -145,7 +152,7 @@ def report_errors(run: Callable[[], int]) -> int:
     except Exception:
         if "TORCHELASTIC_ERROR_FILE" not in os.environ:
             raise
-        say(traceback.format_exc(), os.environ, on_purpose=False)
+        say(traceback.format_exc(), os.environ, Urgency.DEFECT)
         return 1
 
 
@@ -157,11 +164,11 @@ def describe(error: EspalierError) -> str:
     return "\n  ".join([f"{len(problems)} problems in the configuration", *problems])
 
 
-def say(message: str, environ: MutableMapping[str, str], on_purpose: bool) -> None:
+def say(message: str, environ: MutableMapping[str, str], urgency: Urgency) -> None:
     """Print an error; a worker of torchrun hands it to the launcher instead, which prints the one that matters."""
     if path := environ.get("TORCHELASTIC_ERROR_FILE"):
         now = time.time()
         with open(path, "w", encoding="utf-8") as file:
-            json.dump({"message": message, "timestamp": int(now), "at": now, "on_purpose": on_purpose}, file)
+            json.dump({"message": message, "timestamp": int(now), "at": now, "urgency": urgency}, file)
     else:
         print(f"error: {message}", file=sys.stderr)

@@ -6,13 +6,15 @@ Rejected: a launcher of our own. torchrun's rendezvous, restarts and signal hand
 """
 
 import os
+import signal
 import sys
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trainer.environment import count
 from trainer.guard import guard_rooms
+from trainer.urgency import Urgency
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -61,7 +63,7 @@ def run_workers(argv: list[str], environ: MutableMapping[str, str], processes: i
     try:
         elastic_launch(config, command)(*arguments)
     except ChildFailedError as error:
-        rank, failure = min(error.failures.items(), key=lambda item: urgency(item[1].error_file_data))
+        rank, failure = min(error.failures.items(), key=lambda item: urgency(item[1]))
         print(f"error: [rank {rank}] {told(failure)}", file=sys.stderr)
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     except SignalException as error:
@@ -73,12 +75,16 @@ def run_workers(argv: list[str], environ: MutableMapping[str, str], processes: i
     return 0
 
 
-def urgency(data: Mapping[str, Any]) -> tuple[bool, float]:
-    """Order of failures: what a worker said on purpose, then defects; the earliest first.
+def urgency(failure: "ProcessFailure") -> tuple[int, float]:
+    """Order of failures: by kind, and of one kind the earliest first.
 
-    When one rank fails, the others find their collectives broken and fail too, often within the same second.
+    When one rank fails, the others find their collectives broken and fail too, often within the same second; and who is
+    left is ended by the agent, with SIGTERM, then with SIGKILL. So these say something only where nobody else does.
     """
-    return not data.get("on_purpose", False), data.get("at", 0.0)
+    data, last = failure.error_file_data, (-signal.SIGKILL, -signal.SIGTERM)
+    if failure.exitcode in last and "urgency" not in data:
+        return Urgency.ENDED + last.index(failure.exitcode), 0.0
+    return data.get("urgency", Urgency.DEFECT), data.get("at", 0.0)
 
 
 def told(failure: "ProcessFailure") -> str:

@@ -26,7 +26,7 @@ from components.metrics.profiler import Profiler
 from components.optim.clip import gradient_norm, scale_gradients
 from components.parallel.context import split_sequence
 from components.parallel.data import needs_process_group, set_gradient_sync
-from components.runtime import distributed, logging, seeds
+from components.runtime import distributed, logging, seeds, witness
 from components.runtime.collect import GarbageCollector
 from components.runtime.device import compute_dtype, pick_device
 from components.runtime.errors import DataError, NonFiniteError
@@ -142,6 +142,7 @@ class Trainer:
         if start >= steps:
             logger.info("nothing to do: step %d of training.steps = %d is done", start, steps)
             return
+        witness.tell_step(lambda: self.progress.step)
         with self.profiler, closing(self.steps()) as source:
             self.meter.start()
             for rows, is_last in source:
@@ -198,12 +199,12 @@ class Trainer:
         self.progress.tokens = self.meter.tokens
         return StepValues(loss, max_loss, grad_norm)
 
-    def accumulate(self, batch: Batch) -> tuple[RowLoss, Tensor]:
     def global_norm(self) -> Tensor:
         """The norm of the gradients of the whole model, 0-d."""
         counted = self.pipeline.tied.counted(self.parameters) if self.pipeline else self.parameters
         return gradient_norm(counted, self.dims.group("pp")).to(self.device)  # of offloaded ones it is on the host
 
+    def accumulate(self, batch: Batch) -> tuple[RowLoss, Tensor]:
         """Gradients of this rank's rows, and the rows' losses; the divisor is the valid labels of the global batch."""
         batch = self.split(batch)
         valid = distributed.all_reduce_sum((batch.labels != IGNORE).sum(), self.dims.group("loss")).clamp(min=1)
@@ -211,9 +212,9 @@ class Trainer:
         pieces = self.microbatches(batch, self.job.training.local_batch_size)
         for index, piece in enumerate(pieces):
             results.append(self.forward_backward(piece, valid, last=index == len(pieces) - 1))
-        local = RowLoss(torch.cat([r.sums for r in results]), torch.cat([r.counts for r in results]))
         if self.pipeline:
             self.pipeline.tied.sum_gradients()
+        local = RowLoss(torch.cat([r.sums for r in results]), torch.cat([r.counts for r in results]))
         return self.whole_rows(local), valid
 
     def split(self, batch: Batch) -> Batch:
@@ -224,9 +225,9 @@ class Trainer:
         """Adds the gradients of one microbatch. `last` of the step: replicas may then add up theirs."""
         for model in self.models:
             set_gradient_sync(model, last)
-        result = self.forward(batch, valid)
         if self.pipeline:
             return self.pipeline.train(batch, self.inputs(batch, valid), valid)
+        result = self.forward(batch, valid)
         (result.sums.sum() / valid).backward()
         return RowLoss(result.sums.detach(), result.counts)
 

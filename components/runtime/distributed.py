@@ -19,6 +19,7 @@ from torch.distributed import ProcessGroup, distributed_c10d
 
 from components.config.parallelism import Comm
 from components.runtime.errors import UserError
+from components.runtime.witness import Witness, running
 from components.runtime.world import World
 
 RETRY_SECONDS = 0.2
@@ -31,8 +32,8 @@ def init_process_group(world: World, device: torch.device, comm: Comm, dump_fold
     """
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=comm.init_timeout_seconds)
-    if device.type == "cuda":
-        _set_flight_recorder(comm, Path(dump_folder))
+    traces = Path(dump_folder) / comm.save_traces_folder / comm.save_traces_file_prefix
+    _set_flight_recorder(comm, str(traces), device)
     if world.size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
@@ -41,7 +42,10 @@ def init_process_group(world: World, device: torch.device, comm: Comm, dump_fold
     if not hosts_store:
         _wait_for_master(world, address, port, comm.init_timeout_seconds)
     try:
-        dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timeout)
+        store, *_ = next(dist.rendezvous("env://", world.rank, world.size, timeout=timeout))
+        store.set_timeout(timeout)
+        groups = dist.PrefixStore("default_pg", store)
+        dist.init_process_group(backend, store=groups, rank=world.rank, world_size=world.size, timeout=timeout)
     except dist.DistNetworkError as error:
         raise UserError(_cannot_listen(world, address, port, error)) from error
     except dist.DistStoreError as error:
@@ -50,6 +54,7 @@ def init_process_group(world: World, device: torch.device, comm: Comm, dump_fold
             f" within {comm.init_timeout_seconds} s ({_first_line(error)}); start them all, or raise"
             " comm.init_timeout_seconds"
         ) from error
+    Witness(world.rank, store, Path(f"{traces}{world.rank}")).start()
 
 
 def init_fake(world_size: int, rank: int = 0) -> None:
@@ -80,6 +85,8 @@ def set_timeout(seconds: float) -> None:
 
 def destroy() -> None:
     """End all process groups, if there are any."""
+    if witness := running():
+        witness.close()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -98,14 +105,12 @@ def all_reduce_max(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
     return tensor
 
 
-def _set_flight_recorder(comm: Comm, dump_folder: Path) -> None:
-    """NCCL's flight recorder, by the variables it reads; what the user has set stays."""
-    if comm.trace_buf_size == 0:
-        return
-    folder = dump_folder / comm.save_traces_folder
-    folder.mkdir(parents=True, exist_ok=True)
-    prefix = str(folder / comm.save_traces_file_prefix)
+def _set_flight_recorder(comm: Comm, prefix: str, device: torch.device) -> None:
+    """Torch's flight recorder, by the variables it reads; what the user has set stays."""
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(comm.trace_buf_size))
+    if comm.trace_buf_size == 0 or device.type != "cuda":
+        return
+    Path(prefix).parent.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", prefix)
     os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", prefix)  # its name before TORCH_FR_*

@@ -45,5 +45,9 @@ class NonFiniteError(EspalierError):
     """A loss or gradient that is not finite, found before the optimizer step."""
 
 
+class CommunicationError(EspalierError):
+    """A collective that did not end: which one, over which ranks, and who did not come."""
+
+
 class MeshError(UserError):
     """Degrees that do not fit the number of ranks or the model."""

@@ -170,7 +170,8 @@ def test_flight_recorder_variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     init_process_group(World(0, 0, 1), torch.device("cuda", 0), Comm(trace_buf_size=0), tmp_path)
-    assert [name for name in names if name in os.environ] == []
+    assert [os.environ.get(name) for name in names] == ["0", None, None, None]
+    monkeypatch.delenv(names[0])
     init_process_group(World(0, 0, 1), torch.device("cuda", 0), Comm(trace_buf_size=50), tmp_path)
     prefix = str(tmp_path / "comm_traces" / "rank_")
     assert [os.environ[name] for name in names] == ["50", "1", prefix, prefix]
