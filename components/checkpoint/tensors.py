@@ -21,8 +21,6 @@ import torch
 from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 from torch.distributed.checkpoint import (
-    DefaultLoadPlanner,
-    DefaultSavePlanner,
     FileSystemReader,
     FileSystemWriter,
     Metadata,
@@ -35,6 +33,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
+from components.checkpoint.boxes import LoadBoxes, SaveBoxes
 from components.checkpoint.ranks import Ranks
 from components.checkpoint.storage import write_file
 from components.runtime.errors import CheckpointError
@@ -92,7 +91,7 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks, wha
     starting with `what`.
     """
     writer = FileSystemWriter(folder, overwrite=False)
-    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner = SaveBoxes(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def plan_mine() -> Any:
         writer.set_up_storage_writer(ranks.first)
@@ -186,7 +185,7 @@ def read_tensors(folder: Path, index: Index, tensors: Mapping[str, Tensor]) -> N
     The index has been checked against the files, and the tensors against it. DCP unpickles tensors with `weights_only`.
     """
     reader = FileSystemReader(folder)
-    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner = LoadBoxes(flatten_state_dict=False, flatten_sharded_tensors=False)
     metadata = _metadata({name: index[name] for name in tensors})
     planner.set_up_planner(dict(tensors), metadata)
     reader.set_up_storage_reader(metadata, is_coordinator=False)

@@ -10,13 +10,16 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from components.checkpoint.checkpointer import Checkpointer
 from components.checkpoint.state import model_tensors, optimizer_tensors
+from components.mesh.degrees import Degrees
+from components.mesh.parallel_dims import ParallelDims
 from components.runtime.errors import CheckpointError
 from tests.components.checkpoint.support import JOB, STATE
 from tests.ranks import run_ranks
+from tests.whole import whole
 
 
 def build(seed: int) -> dict[str, torch.Tensor]:
@@ -62,6 +65,37 @@ def test_another_number_of_ranks_reads_the_same_bytes(tmp_path: Path, writers: i
         assert found == [(written[0], STATE)] * ranks
     files = {f"__{rank}_0.distcp" for rank in range(writers)}
     assert set(os.listdir(tmp_path / "step-3")) == {".metadata", "manifest.json", "state.json", "tensors.json", *files}
+
+
+def cut_twice(root: str, degrees: Degrees, saves: bool) -> dict[str, list]:
+    """Save or load tensors of odd sizes that tensor parallelism cuts first and FSDP2 then; their values, whole."""
+    dims, module = ParallelDims.build(degrees, "cpu"), nn.Module()
+    for size in (3, 5, 7, 9, 10, 13):
+        numbers = torch.arange(4.0 * size) if saves else torch.zeros(4 * size)
+        for name, shape, dim in (("rows", (size, 4), 0), ("columns", (4, size), 1)):
+            tensor = numbers.view(shape)
+            if mesh := dims.mesh("tp"):
+                tensor = distribute_tensor(tensor, mesh, [Shard(dim)], src_data_rank=None)
+            module.register_parameter(f"{name}{size}", nn.Parameter(tensor))
+    if fsdp := dims.parameter_mesh():
+        fully_shard(module, mesh=fsdp)
+    tensors = model_tensors([module])
+    run = checkpointer(root)
+    if saves:
+        run.save(1, tensors, STATE, JOB)
+    else:
+        run.load(run.resolve(-1) or 0, tensors, job=JOB)
+    return {name: whole(value).tolist() for name, value in tensors.items()}
+
+
+@pytest.mark.parametrize("degrees", [Degrees(dp_shard=3, tp=2), Degrees(dp_shard=2, tp=3), Degrees(tp=4)])
+def test_unevenly_cut_by_rows_and_columns(tmp_path: Path, degrees: Degrees) -> None:
+    root = str(tmp_path)
+    written, *_ = run_ranks(degrees.world, cut_twice, root, degrees, True)
+    assert written["model.rows7"] == torch.arange(28.0).view(7, 4).tolist()
+    assert cut_twice(root, Degrees(), False) == written
+    for other in (degrees, Degrees(dp_shard=2)):
+        assert run_ranks(other.world, cut_twice, root, other, False) == [written] * other.world
 
 
 def attempt(fn: Any) -> str:
