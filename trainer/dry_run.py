@@ -1,4 +1,4 @@
-"""The dry run: rank 0's first step of a job on any number of ranks, in one process, without a GPU, data or tokenizer.
+"""The dry run: one rank's first step of a job on any number of ranks, in one process, without a GPU, data or tokenizer.
 
 The process group is fake and so are the tensors (shapes without memory), but mesh, sharding, model, loss, optimizer and
 the step are the real ones, by the same calls as the Trainer's. Whatever a real run would refuse is refused here.
@@ -11,18 +11,20 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from components.config.compute import Compile
 from components.estimate.footprint import Footprint, footprint
 from components.mesh.batch import Batch
-from components.mesh.degrees import resolve_degrees
+from components.mesh.degrees import Degrees, resolve_degrees
 from components.mesh.parallel_dims import ParallelDims
 from components.optim.clip import clip_gradients
+from components.parallel.pipeline import Stage
 from components.runtime import distributed
 from components.runtime.device import compute_dtype
 from models.train_spec import families, get_args
-from trainer.build import fill, lay_out
+from trainer.build import build_pipeline, fill, lay_out
 from trainer.settle import settle
 from trainer.trainer import Trainer
 
@@ -49,6 +51,12 @@ class DryTrainer(Trainer):
         self.stages = lay_out(self.spec, self.args, self.job, dims, self.dtype)
         self.models = [stage.module for stage in self.stages]
         self.loss_fn = self.spec.build_loss_fn(self.job)
+        self.pipeline = build_pipeline(self.stages, self.job, dims, DEVICE, self.dtype, self.loss_fn)
+
+    def microbatches(self, batch: Batch, size: int) -> list[Batch]:
+        """The first and the last: what is accumulated in between takes time and no more memory."""
+        pieces = super().microbatches(batch, size)
+        return pieces if len(pieces) < 3 else [pieces[0], pieces[-1]]
 
     def step(self) -> Footprint:
         """One step on rows without content, in fake memory; what the rank then holds."""
@@ -65,14 +73,15 @@ class DryTrainer(Trainer):
 def dry_run(job: JobConfig, notes: list[str], ranks: int) -> int:
     """Print what each of `ranks` ranks would hold. Returns the exit code."""
     begin = time.perf_counter()
-    distributed.init_fake(ranks)
+    distributed.init_fake(ranks, job.comm.fake_rank)
     dims = ParallelDims.build(resolve_degrees(job.parallelism, ranks), DEVICE.type)
     trainer = DryTrainer(job, dims)
     with FakeTensorMode(allow_non_fake_inputs=True):
         held = trainer.step()
     distributed.destroy()
     print(summary(trainer, held, [*notes, *trainer.notes]))
-    print(f"dry run: one step of rank 0 of {ranks} in {time.perf_counter() - begin:.1f} s; nothing was trained")
+    seconds = time.perf_counter() - begin
+    print(f"dry run: one step of rank {job.comm.fake_rank} of {ranks} in {seconds:.1f} s; nothing was trained")
     return 0
 
 
@@ -83,12 +92,45 @@ def summary(trainer: DryTrainer, held: Footprint, notes: list[str]) -> str:
     lines = [
         *(f"note: {note}" for note in notes),
         f"model: {job.model.name} {job.model.flavor}, {trainer.args.parameter_count():,} parameters",
-        f"layout: {degrees.world} ranks, {degrees.dp_replicate} replicated × {degrees.dp_shard} sharded",
+        f"layout: {degrees.world} ranks, {_layout(degrees)}",
+        *(f"stage: {_stage(stage)}" for stage in trainer.stages if stage.count > 1),
         f"step: {batch} rows × {training.seq_len} tokens = {batch * training.seq_len:,} tokens,"
-        f" {batch // degrees.batch} rows on each rank,"
+        f" {_rows(batch // degrees.batch, job, degrees)},"
         f" {trainer.args.flops_per_token(training.seq_len) * batch * training.seq_len:.3e} FLOPs",
         f"precision: stored in {training.dtype}, computed in {str(trainer.dtype).removeprefix('torch.')}",
-        "each rank holds",
+        "each rank holds" if degrees.pp == 1 else "each rank of this stage holds",
         held.table(),
     ]
     return "\n".join(lines)
+
+
+def _layout(degrees: Degrees) -> str:
+    """The degrees of the mesh; beyond data parallelism those above 1."""
+    dense = {"replicated": degrees.dp_replicate, "sharded": degrees.dp_shard}
+    more = {"context": degrees.cp, "tensor": degrees.tp, "pipeline": degrees.pp}
+    dense |= {name: degree for name, degree in more.items() if degree > 1}
+    text = " × ".join(f"{degree} {name}" for name, degree in dense.items())
+    if degrees.ep * degrees.etp == 1:
+        return text
+    experts = {"sharded": degrees.efsdp, "expert": degrees.ep, "expert tensor": degrees.etp}
+    return f"{text}; experts {' × '.join(f'{degree} {name}' for name, degree in experts.items())}"
+
+
+def _stage(stage: Stage) -> str:
+    """Which stage it is, and the modules that it holds."""
+    held = [_span(name, child) for name, child in stage.module.named_children() if [*child.parameters()]]
+    return f"{stage.index} of {stage.count}, counted from 0: {', '.join(held)}"
+
+
+def _span(name: str, module: nn.Module) -> str:
+    if not isinstance(module, nn.ModuleDict):
+        return name
+    numbers = [int(key) for key in module]
+    unbroken = numbers == [*range(numbers[0], numbers[-1] + 1)]  # else the user has listed the modules
+    return f"{name} {numbers[0]} to {numbers[-1]}" if unbroken else f"{name} {', '.join(map(str, numbers))}"
+
+
+def _rows(rows: int, job: JobConfig, degrees: Degrees) -> str:
+    """A rank's rows of a step, and what it works on at once."""
+    one = job.training.local_batch_size if degrees.pp == 1 else job.parallelism.pipeline_parallel_microbatch_size
+    return f"{rows} rows on each rank in {-(-rows // one)} microbatches"
