@@ -165,7 +165,7 @@ class Persistence:
 
     def save_seed(self, parts: Parts, identity: JobIdentity) -> None:
         """Save the weights as they are as step 0, in the type they are stored in; say where. Collective."""
-        tensors = model_tensors(parts.models)
+        tensors = parts.weights()
         stored = next((value.dtype for value in tensors.values() if value.is_floating_point()), torch.float32)
         folder = self.store.save_model(0, tensors, identity, stored)
         logger.info("seed checkpoint: %s; a run of this job without create_seed_checkpoint starts from it", folder)

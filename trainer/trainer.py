@@ -37,6 +37,7 @@ from components.runtime.world import World
 from models.train_spec import families, get_args
 from trainer import nonfinite
 from trainer.build import DTYPES, Model, build_pipeline, build_stages
+from trainer.compare import compare_ranks
 from trainer.config.output import to_toml
 from trainer.persistence import Parts, Persistence
 from trainer.report import describe_job, save_run
@@ -186,6 +187,7 @@ class Trainer:
     def train_step(self, rows: StepRows) -> StepValues:
         """One optimizer step: gradients of the global batch's mean loss, clipped, applied if finite."""
         local, valid = self.accumulate(rows.batch.to(self.device))
+        compare_ranks(self)
         total = reduce_step(local.sums.sum(), local.counts.sum(), largest_row_mean(local), self.dims.group("batch"))
         norm = self.global_norm()
         facts = torch.stack([total.loss_sum / valid, total.max_loss, norm, total.count])  # float64, exact for counts

@@ -48,6 +48,7 @@ _HOW_KEYS = (
     "loss.chunk_tokens",
     "optimizer.implementation",
     "optimizer.early_step_in_backward",
+    "debug.compare_ranks",
     "debug.deterministic",
     "debug.deterministic_warn_only",
 )

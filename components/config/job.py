@@ -79,6 +79,9 @@ class Debug:
     """Only deterministic kernels; slower on accelerators, without effect on most CPU kernels."""
     deterministic_warn_only: bool = False
     """Warn instead of failing where a deterministic kernel is missing."""
+    compare_ranks: NonNegativeInt = 0
+    """Every so many steps, compare gradients and weights of ranks that must hold the same, and log who disagrees; 0:
+    never. Costs a pass over both and a small gather."""
     moe_force_load_balance: bool = False
     """Route tokens evenly whatever the router says, for benchmarks of mixture-of-experts models."""
 
