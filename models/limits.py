@@ -35,6 +35,21 @@ def context_problems(job: JobConfig, n_heads: int) -> Iterator[str]:
     )
 
 
+def expert_problems(job: JobConfig, count: int = 0, hidden: int = 0) -> Iterator[str]:
+    """Experts (`count`, each `hidden` wide) that cannot be dealt out evenly, or none at all."""
+    expert, tensor = job.parallelism.expert_parallel_degree, job.parallelism.expert_tensor_parallel_degree
+    for kind, degree, size, what in (
+        ("expert", expert, count, "experts"),
+        ("expert_tensor", tensor, hidden, "columns"),
+    ):
+        key = f"parallelism.{kind}_parallel_degree = {degree}"
+        if degree > 1 and not count:
+            yield f"{key}: this model has no experts; set it to 1"
+        elif size % degree:
+            of = "" if kind == "expert" else " of each expert"
+            yield f"{key}: {size} {what}{of} cannot be dealt evenly to {degree} ranks; take a divisor of {size}"
+
+
 def _choice(numbers: list[int]) -> str:
     *most, last = map(str, numbers)
     return f"{', '.join(most)} or {last}" if most else last

@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 from components.config.job_config import JobConfig
 from components.parallel.pipeline_cut import cut_problems
-from models.limits import context_problems, tensor_problems
+from models.limits import context_problems, expert_problems, tensor_problems
 
 ORDER = ("tok_embeddings", "layers.*", "norm", "output")
 """The modules in the order in which they run: where a pipeline can cut."""
@@ -87,12 +87,7 @@ class Llama3Args:
 
     def problems(self, job: JobConfig) -> list[str]:
         """Why this shape cannot run in that layout; empty if it can. Each line begins with a dotted key."""
-        degrees = {
-            "expert": job.parallelism.expert_parallel_degree,
-            "expert_tensor": job.parallelism.expert_tensor_parallel_degree,
-        }
-        found = [_no_plan(kind, degree) for kind, degree in degrees.items() if degree > 1]
-        found += tensor_problems(job, self.n_heads, self.n_kv_heads)
+        found = [*expert_problems(job), *tensor_problems(job, self.n_heads, self.n_kv_heads)]
         found += context_problems(job, self.n_heads)
         found += cut_problems(job.parallelism, ORDER, self.n_layers)
         lengths = {"training.seq_len": job.training.seq_len}
@@ -109,11 +104,6 @@ class Llama3Args:
         return (
             f"{key} = {length}: longer than the {self.max_seq_len} tokens this llama3 flavor was made for; shorten it"
         )
-
-
-def _no_plan(kind: str, degree: int) -> str:
-    name = kind.replace("_", "-")
-    return f"parallelism.{kind}_parallel_degree = {degree}: llama3 has no plan for {name} parallelism yet; set it to 1"
 
 
 FLAVORS: Mapping[str, Llama3Args] = MappingProxyType(

@@ -3,12 +3,16 @@
 Dense flavors and mixture-of-experts flavors are one dataclass: they differ in the feed-forward part of a block alone.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from components.config.job_config import JobConfig
-from models.limits import tensor_problems
+from components.parallel.pipeline_cut import cut_problems
+from models.limits import context_problems, expert_problems, tensor_problems
+
+ORDER = ("tok_embeddings", "layers.*", "norm", "output")
+"""The modules in the order in which they run: where a pipeline can cut."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,10 @@ class Qwen3Args:
 
     def problems(self, job: JobConfig) -> list[str]:
         """Why this shape cannot run in that layout; empty if it can. Each line begins with a dotted key."""
-        found = [*tensor_problems(job, self.n_heads, self.n_kv_heads), *self._expert_problems(job)]
+        found = [*expert_problems(job, self.n_experts, self.experts.hidden if self.experts else 0)]
+        found += tensor_problems(job, self.n_heads, self.n_kv_heads)
+        found += context_problems(job, self.n_heads)
+        found += cut_problems(job.parallelism, ORDER, self.n_layers)
         lengths = {"training.seq_len": job.training.seq_len}
         if job.validation.enable:
             lengths["validation.seq_len"] = job.validation.seq_len
@@ -115,22 +122,6 @@ class Qwen3Args:
         if self.experts is None:
             return attention + 3 * self.dim * self.ffn_hidden
         return attention + self.dim * self.experts.count + experts * 3 * self.dim * self.experts.hidden
-
-    def _expert_problems(self, job: JobConfig) -> Iterator[str]:
-        sizes = {
-            "expert": (job.parallelism.expert_parallel_degree, "experts", self.n_experts),
-            "expert_tensor": (
-                job.parallelism.expert_tensor_parallel_degree,
-                "columns of each expert",
-                self.experts.hidden if self.experts else 0,
-            ),
-        }
-        for kind, (degree, what, size) in sizes.items():
-            key = f"parallelism.{kind}_parallel_degree = {degree}"
-            if degree > 1 and self.experts is None:
-                yield f"{key}: this qwen3 flavor has no experts; set it to 1"
-            elif size % degree:
-                yield f"{key}: must divide the {size} {what}, which are dealt to ranks evenly; take a divisor of {size}"
 
 
 _SMALL = Qwen3Args(dim=256, n_layers=6, n_heads=8, n_kv_heads=4, ffn_hidden=768, head_dim=48, vocab_size=2048)

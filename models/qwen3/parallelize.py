@@ -9,7 +9,8 @@ from components.config.job_config import JobConfig
 from components.mesh.parallel_dims import ParallelDims
 from components.mesh.plan import Columns, Gathered, Plan, Replicated, Rows, Style
 from components.parallel.apply import parallelize
-from models.qwen3.args import Qwen3Args
+from components.parallel.pipeline import Stage, split
+from models.qwen3.args import ORDER, Qwen3Args
 from models.qwen3.model import Qwen3
 
 
@@ -43,10 +44,15 @@ def qwen3_plan(args: Qwen3Args) -> Plan:
         attention=("layers.*.attention.inner",),
         mask="mask",
         experts=("layers.*.moe",) if args.experts else (),
-        order=("tok_embeddings", "layers.*", "norm", "output"),
+        order=ORDER,
     )
 
 
 def parallelize_qwen3(model: nn.Module, dims: ParallelDims, job: JobConfig, dtype: torch.dtype) -> nn.Module:
     """The model, or a pipeline stage of it, laid out over the mesh; `dtype` is the type of compute."""
     return parallelize(model, qwen3_plan(cast(Qwen3, model).args), dims, job, dtype)
+
+
+def pipeline_qwen3(model: nn.Module, dims: ParallelDims, job: JobConfig) -> list[Stage]:
+    """This rank's pipeline stages of a whole model on the meta device."""
+    return split(model, qwen3_plan(cast(Qwen3, model).args), dims, job)

@@ -10,7 +10,7 @@ from components.layers.moe import SelectionBias
 from components.optim.optimizers import Optimizers
 from models.qwen3.args import FLAVORS, Qwen3Args
 from models.qwen3.model import Qwen3
-from models.qwen3.parallelize import parallelize_qwen3
+from models.qwen3.parallelize import parallelize_qwen3, pipeline_qwen3
 from models.train_spec import TrainSpec, build_default_optimizers
 
 
@@ -20,6 +20,7 @@ def load() -> TrainSpec:
         model_cls=Qwen3,
         model_args=FLAVORS,
         parallelize_fn=parallelize_qwen3,
+        pipelining_fn=pipeline_qwen3,
         args_for_job_fn=Qwen3Args.for_job,
         inputs=("positions", "document_ids", "shares"),
         build_optimizers_fn=build_optimizers,

@@ -7,13 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from components.config.job_config import JobConfig
+from trainer.config.names import find_model
 from trainer.config.support import CONVERTERS
 
 Predicate = Callable[[JobConfig], bool]
-
-
-DENSE = ("llama3",)
-"""Model families without experts."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +27,12 @@ def _without(converter: str) -> Inactive:
     return Inactive(
         (f"{converter}.",), lambda job: converter not in job.model.converters, f"converter {converter} is not listed"
     )
+
+
+def _has_no_experts(job: JobConfig) -> bool:
+    """False where only code that is not imported knows it. A family with experts has `n_experts` among its arguments."""
+    args, _ = find_model(job)
+    return args is not None and not getattr(args, "n_experts", 0)
 
 
 def _mode_is_not(*modes: str) -> Predicate:
@@ -196,7 +199,7 @@ INACTIVE = (
         "comm.trace_buf_size is 0: nothing is recorded",
     ),
     Inactive(("comm.fake_rank",), lambda job: job.comm.mode != "fake_backend", "comm.mode is not fake_backend"),
-    Inactive(("debug.moe_force_load_balance",), lambda job: job.model.name in DENSE, "the model family has no experts"),
+    Inactive(("moe.", "debug.moe_force_load_balance"), _has_no_experts, "the model has no experts"),
     Inactive(
         ("debug.deterministic_warn_only",), lambda job: not job.debug.deterministic, "debug.deterministic is false"
     ),

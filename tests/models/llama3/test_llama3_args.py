@@ -73,9 +73,8 @@ def test_problems_name_key_and_number() -> None:
         validation=Validation(enable=True, seq_len=200000),
     )
     assert FLAVORS["8B"].problems(job) == [
-        "parallelism.expert_parallel_degree = 2: llama3 has no plan for expert parallelism yet; set it to 1",
-        "parallelism.expert_tensor_parallel_degree = 2: llama3 has no plan for expert-tensor parallelism yet;"
-        " set it to 1",
+        "parallelism.expert_parallel_degree = 2: this model has no experts; set it to 1",
+        "parallelism.expert_tensor_parallel_degree = 2: this model has no experts; set it to 1",
         "parallelism.tensor_parallel_degree = 64: each rank computes whole heads, but 64 does not divide the 32 heads;"
         " take 1, 2, 4, 8, 16 or 32",
         "training.seq_len = 131073: longer than the 131072 tokens this llama3 flavor was made for; shorten it",
