@@ -8,8 +8,9 @@ stage, all microbatches, is as good where nothing is kept for a backward.
 
 Schedules that split a backward in two halves compute the weights' gradients later, out of what the first half kept.
 With recomputation or compiled blocks nothing is kept to split: both halves would compute the block again, once for
-each matrix. There the whole backward happens in place of its first half: the same numbers, and the second half's time
-is lost to the schedule.
+each matrix; and where FSDP frees parameters after forward, the second half would not find them and drop their
+gradients. There the whole backward happens in place of its first half: the same numbers, and the second half's time is
+lost to the schedule.
 """
 
 from collections.abc import Callable, Sequence
@@ -57,9 +58,7 @@ class Pipeline:
             )
         self.stages, self.config, self.axis = stages, job.parallelism, axis
         self._parts, self._dtype, self._loss = dims.degrees.tp, dtype, loss
-        self._whole_backward = job.activation_checkpoint.mode != "none" or (
-            job.compile.enable and "model" in job.compile.components
-        )
+        self._whole_backward = not can_split_backward(job)
         self._schedules: dict[tuple[int, ...], Any] = {}
         self._results: list[RowLoss] = []
         self._valid = torch.ones(())
@@ -173,6 +172,13 @@ class Pipeline:
         result = self._loss(hidden, last.module, Batch(*target.unbind(1)))
         self._results.append(RowLoss(result.sums.detach(), result.counts))
         return result.sums.sum() / self._valid
+
+
+def can_split_backward(job: JobConfig) -> bool:
+    """Whether the weights' gradients can be computed apart from the inputs'."""
+    compiled = job.compile.enable and "model" in job.compile.components
+    freed = job.parallelism.fsdp_reshard_after_forward == "always"
+    return job.activation_checkpoint.mode == "none" and not compiled and not freed
 
 
 class _FakeStage(PipelineStage):
