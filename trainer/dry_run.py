@@ -44,7 +44,9 @@ class DryTrainer(Trainer):
     def __init__(self, job: JobConfig, dims: ParallelDims) -> None:
         self.device, self.dims = DEVICE, dims
         job, self.notes = settle(job, dims.data_degree, {})
-        self.job = replace(job, compile=Compile())  # a compiler wants real tensors, and changes nothing that is held
+        eager = replace(job.parallelism, enable_async_tensor_parallel=False)
+        # a compiler wants real tensors, and changes nothing that is held
+        self.job = replace(job, compile=Compile(), parallelism=eager)
         self.dtype = compute_dtype(job.training.mixed_precision_param, DEVICE, dry_run=True)
         self.spec = families[job.model.name].load()
         self.args = get_args(job.model.name, job.model.flavor)

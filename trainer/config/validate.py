@@ -223,6 +223,18 @@ def _recompute(job: JobConfig) -> Problems:
         yield f'activation_checkpoint.determinism_check = {shown}: must be one of "default", "none"'
 
 
+def _async_tensor(job: JobConfig) -> Problems:
+    parallelism, compiled = job.parallelism, job.compile
+    if not parallelism.enable_async_tensor_parallel or parallelism.tensor_parallel_degree == 1:
+        return
+    if not (compiled.enable and "model" in compiled.components and compiled.backend == "inductor"):
+        yield (
+            "parallelism.enable_async_tensor_parallel = true: it is inductor that overlaps, but it does not compile the"
+            ' model; set compile.enable to true, with "model" in compile.components and compile.backend = "inductor",'
+            " or this to false"
+        )
+
+
 def _folders(job: JobConfig) -> Problems:
     for key, value in FOLDERS.items():
         path = value(job)
@@ -274,6 +286,7 @@ RULES: tuple[Callable[[JobConfig], Problems], ...] = (
     _loaders,
     _profiling,
     _recompute,
+    _async_tensor,
     _folders,
     _checkpoint,
     _groups,

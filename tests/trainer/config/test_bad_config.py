@@ -98,12 +98,13 @@ FILES: dict[str, tuple[str, ...]] = {
         "[job]\ndump_folder = ''\n",
         'a.toml:2: job.dump_folder = "": must be a string of at least 1 character',
     ),
-    "a layout without a plan": (
-        "[parallelism]\ndata_parallel_shard_degree = -1\ntensor_parallel_degree = 2\n",
-        "a.toml:3: parallelism.tensor_parallel_degree = 2: 1 (replicate) × 1 (context) × 2 (tensor) × 1 (pipeline) = 2"
-        " ranks, which does not divide the 1 that there are: start a multiple of 2 ranks, or lower one of these"
+    "a layout that fits neither ranks nor heads": (
+        "[parallelism]\ndata_parallel_shard_degree = -1\ntensor_parallel_degree = 3\n",
+        "a.toml:3: parallelism.tensor_parallel_degree = 3: 1 (replicate) × 1 (context) × 3 (tensor) × 1 (pipeline) = 3"
+        " ranks, which does not divide the 1 that there are: start a multiple of 3 ranks, or lower one of these"
         " degrees",
-        "a.toml:3: parallelism.tensor_parallel_degree = 2: llama3 has no plan for tensor parallelism yet; set it to 1",
+        "a.toml:3: parallelism.tensor_parallel_degree = 3: each rank computes whole heads, but 3 does not divide the 16"
+        " heads; take 1, 2, 4, 8 or 16",
     ),
     "too long a row": (
         "[training]\nseq_len = 131073\n",

@@ -306,9 +306,6 @@ def test_405b_is_refused_only_for_what_is_live() -> None:
     assert problems(LLAMA_405B, 128) == [
         'model.converters = ["quantize.linear.float8"]: not yet supported: model converters are not there yet;'
         " train without them: converters = []",
-        "parallelism.enable_async_tensor_parallel = true: not yet supported: tensor parallelism does not overlap its"
-        " communication yet; set it to false",
-        "parallelism.tensor_parallel_degree = 8: llama3 has no plan for tensor parallelism yet; set it to 1",
     ]
 
 
