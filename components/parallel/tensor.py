@@ -68,6 +68,7 @@ def tensor(model: nn.Module, plan: Plan, dims: ParallelDims, job: JobConfig) -> 
         cutter.embedding(name, module)
     for name, module in _present(model, plan.head):
         cutter.head(name, module, gathered=job.parallelism.disable_loss_parallel)
+    cutter.tie_again(model)
     _require_all_cut(model, plan)
 
 
@@ -232,6 +233,13 @@ class _Cutter:
             new = distribute_tensor(old.detach(), self.mesh, [placement], src_data_rank=None)
             self.cut[old] = nn.Parameter(new, requires_grad=old.requires_grad)
         setattr(module, leaf, self.cut[old])
+
+    def tie_again(self, model: nn.Module) -> None:
+        """A later pipeline stage keeps a tied parameter's first name in the `nn.Identity` that stands for its module."""
+        for module in model.modules():
+            if isinstance(module, nn.Identity):
+                for leaf, old in list(module.named_parameters()):
+                    setattr(module, leaf, self.cut.get(old, old))
 
 
 def _linear(name: str, module: nn.Module) -> nn.Linear:

@@ -7,7 +7,7 @@ from models.llama3.spec import load
 from models.train_spec import TrainSpec, families, register_train_spec
 
 UNTIED = replace(FLAVORS["debugmodel"], dim=24, n_layers=2, n_heads=3, n_kv_heads=1, ffn_hidden=40)
-DEEP = replace(UNTIED, n_layers=5)
+DEEP = replace(UNTIED, n_layers=5, n_heads=4, n_kv_heads=2)
 FLAVOR_ARGS = {
     "untied": UNTIED,
     "tied": replace(UNTIED, tied_embeddings=True),
