@@ -235,7 +235,7 @@ class _Cutter:
         setattr(module, leaf, self.cut[old])
 
     def tie_again(self, model: nn.Module) -> None:
-        """A later pipeline stage keeps a tied parameter's first name in the `nn.Identity` that stands for its module."""
+        """A later pipeline stage keeps a tied parameter's first name in the `nn.Identity` in place of its module."""
         for module in model.modules():
             if isinstance(module, nn.Identity):
                 for leaf, old in list(module.named_parameters()):
