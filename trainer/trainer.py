@@ -24,6 +24,7 @@ from components.metrics.flops import peak_flops
 from components.metrics.meter import Meter, StepValues, largest_row_mean, reduce_step
 from components.metrics.profiler import Profiler
 from components.optim.clip import gradient_norm, scale_gradients
+from components.optim.early import EarlyStep
 from components.parallel.context import split_sequence
 from components.parallel.data import needs_process_group, set_gradient_sync
 from components.runtime import distributed, logging, seeds, witness
@@ -79,6 +80,7 @@ class Trainer:
         self.pipeline = build_pipeline(stages, self.job, self.dims, self.device, self.dtype, self.loss_fn)
         self.optimizers = self.spec.build_optimizers_fn(self.models, self.job, self.device)
         self.schedule = self.spec.build_lr_schedulers_fn(self.optimizers, self.job)
+        self.early = EarlyStep(self.optimizers) if job.optimizer.early_step_in_backward else None
         # where it stands
         tied = self.pipeline.tied.pairs if self.pipeline else []
         self.parts = Parts(self.models, self.optimizers, self.loader, tied)
@@ -186,13 +188,13 @@ class Trainer:
 
     def train_step(self, rows: StepRows) -> StepValues:
         """One optimizer step: gradients of the global batch's mean loss, clipped, applied if finite."""
+        self.schedule.apply(self.progress.step - self.progress.schedule_start)
         local, valid = self.accumulate(rows.batch.to(self.device))
         compare_ranks(self)
         total = reduce_step(local.sums.sum(), local.counts.sum(), largest_row_mean(local), self.dims.group("batch"))
         norm = self.global_norm()
         facts = torch.stack([total.loss_sum / valid, total.max_loss, norm, total.count])  # float64, exact for counts
         loss, max_loss, grad_norm, count = facts.tolist()
-        self.schedule.apply(self.progress.step - self.progress.schedule_start)
         if self.accept(loss, grad_norm, local.sums):
             scale_gradients(self.parameters, norm, self.job.training.max_norm)
             self.optimizers.step()
@@ -203,6 +205,8 @@ class Trainer:
 
     def global_norm(self) -> Tensor:
         """The norm of the gradients of the whole model, 0-d."""
+        if self.early:
+            return self.early.finish().to(self.device)
         counted = self.pipeline.tied.counted(self.parameters) if self.pipeline else self.parameters
         return gradient_norm(counted, self.dims.group("pp")).to(self.device)  # of offloaded ones it is on the host
 
@@ -227,6 +231,8 @@ class Trainer:
         """Adds the gradients of one microbatch. `last` of the step: replicas may then add up theirs."""
         for model in self.models:
             set_gradient_sync(model, last)
+        if self.early:
+            self.early.arm(last)
         if self.pipeline:
             return self.pipeline.train(batch, self.inputs(batch, valid), valid)
         result = self.forward(batch, valid)
@@ -275,7 +281,10 @@ class Trainer:
         where = nonfinite.first_nonfinite(pair for model in self.models for pair in model.named_parameters())
         text = nonfinite.describe(self.progress.step, loss, grad_norm, float(local_sums.sum()), where)
         if self.job.training.on_nonfinite == "stop":
-            raise NonFiniteError(f"not finite before the optimizer step, weights are unchanged: {text}")
+            done = "before the optimizer step, weights are unchanged"
+            if self.early:
+                done = "but weights have moved (optimizer.early_step_in_backward): go back to a checkpoint"
+            raise NonFiniteError(f"not finite {done}: {text}")
         if self.world.rank == 0:
             logger.warning("skipped, weights are unchanged: %s", text)
         self.sinks.note({"event": "skipped_step", "step": self.progress.step, "reason": text})

@@ -21,22 +21,46 @@ Layout = tuple[torch.device, DeviceMesh | None, tuple[int, ...]]
 """Device, mesh (None for plain tensors), and the mesh dimensions over which shards have to be added up."""
 
 
-@torch.no_grad()
+class Squares:
+    """Squared norms of gradients, added up as they come, and reduced over ranks once. It does not sync."""
+
+    def __init__(self) -> None:
+        self._by_layout: dict[Layout, Tensor] = {}
+
+    @torch.no_grad()
+    def add(self, gradients: Iterable[Tensor]) -> None:
+        """Take note of gradients, which are not kept."""
+        by_layout: dict[Layout, list[Tensor]] = {}
+        for gradient in gradients:
+            layout, local = _layout(gradient)
+            by_layout.setdefault(layout, []).append(local)
+        for layout, locals_ in by_layout.items():
+            square = _square(locals_, layout[0])
+            self._by_layout[layout] = self._by_layout[layout] + square if layout in self._by_layout else square
+
+    @torch.no_grad()
+    def norm(self, group: ProcessGroup | None = None) -> Tensor:
+        """What `gradient_norm` says of all gradients that were added. Collective."""
+        squares = []
+        for (_, mesh, dims), square in sorted(self._by_layout.items(), key=_in_order):  # the same on all ranks
+            for dim in dims:
+                all_reduce_sum(square, mesh.get_group(dim) if mesh else None)
+            squares.append(square)
+        if not squares:
+            return all_reduce_sum(torch.zeros((), dtype=torch.float64), group).sqrt().float()
+        total = torch.stack([square.to(squares[0].device) for square in squares]).sum()
+        return all_reduce_sum(total, group).sqrt().float()
+
+
 def gradient_norm(parameters: Iterable[nn.Parameter], group: ProcessGroup | None = None) -> Tensor:
     """The norm of all gradients as one vector: a plain 0-d fp32 tensor, equal on all ranks. It does not sync.
 
     Sharded gradients are added up over the mesh dimensions that shard them, replicated ones count once. `group` are
     ranks that hold other parameters of the same model (pipeline stages). 0 if there are no gradients.
     """
-    by_layout: dict[Layout, list[Tensor]] = {}
-    for gradient in _gradients(parameters):
-        layout, local = _layout(gradient)
-        by_layout.setdefault(layout, []).append(local)
-    squares = [_square(gradients, layout) for layout, gradients in by_layout.items()]
-    if not squares:
-        return all_reduce_sum(torch.zeros((), dtype=torch.float64), group).sqrt().float()
-    total = torch.stack([square.to(squares[0].device) for square in squares]).sum()
-    return all_reduce_sum(total, group).sqrt().float()
+    squares = Squares()
+    squares.add(_gradients(parameters))
+    return squares.norm(group)
 
 
 @torch.no_grad()
@@ -80,14 +104,16 @@ def _layout(gradient: Tensor) -> tuple[Layout, Tensor]:
     return (gradient.device, gradient.device_mesh, dims), gradient.to_local()
 
 
-def _square(gradients: list[Tensor], layout: Layout) -> Tensor:
-    """The squared norm of gradients that are laid out alike, 0-d float64."""
-    device, mesh, dims = layout
+def _in_order(item: tuple[Layout, Tensor]) -> tuple[str, tuple[str, ...], tuple[int, ...]]:
+    """Where a layout comes among others, whatever the order in which gradients came."""
+    device, mesh, dims = item[0]
+    return device.type, (mesh.mesh_dim_names or ()) if mesh else (), dims
+
+
+def _square(gradients: list[Tensor], device: torch.device) -> Tensor:
+    """The squared norm of local gradients on one device, 0-d float64."""
     norms = _norms_by_row(gradients) if device.type == "cpu" else torch._foreach_norm(gradients, 2.0, torch.float32)
-    total = torch.cat([norm.flatten() for norm in norms]).double().square().sum()
-    for dim in dims:
-        all_reduce_sum(total, mesh.get_group(dim) if mesh else None)
-    return total
+    return torch.cat([norm.flatten() for norm in norms]).double().square().sum()
 
 
 def _norms_by_row(gradients: list[Tensor]) -> list[Tensor]:

@@ -43,6 +43,7 @@ class Optimizers:
 
     def __init__(self, optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str], lr: float) -> None:
         self._optimizer, self._names, self._peak_lr, self._factor = optimizer, names, lr, 1.0
+        self._group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
         self._peaks = [float(group["lr"]) for group in optimizer.param_groups]
         self._followers: list[Follower] = []
 
@@ -66,6 +67,20 @@ class Optimizers:
         self._optimizer.step()
         for follower in self._followers:
             follower.step()
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All that are stepped."""
+        return [*self._names]
+
+    def step_one(self, parameter: nn.Parameter) -> None:
+        """One optimizer step of this parameter alone, with its group's settings and its own state."""
+        groups = self._optimizer.param_groups
+        self._optimizer.param_groups = [{**self._group_of[parameter], "params": [parameter]}]
+        try:
+            self._optimizer.step()
+        finally:
+            self._optimizer.param_groups = groups
 
     def zero_grad(self) -> None:
         """Free all gradients."""

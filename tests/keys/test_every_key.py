@@ -51,11 +51,6 @@ REFUSED = {
         '"memory_budget": not yet supported: recompute by memory budget is not there yet; set it to "full",'
         ' "selective" or "none"',
     ),
-    "optimizer.early_step_in_backward": (
-        ("--optimizer.early_step_in_backward",),
-        "true: not yet supported: it steps before the global gradient norm is known, so that nothing could be clipped;"
-        " set it to false",
-    ),
     "fault_tolerance.enable": (
         ("--fault_tolerance.enable",),
         "true: not yet supported: replica groups that may fail are not there yet; set it to false and resume from"

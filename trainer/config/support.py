@@ -49,11 +49,6 @@ UNSUPPORTED = (
         'recompute by memory budget is not there yet; set it to "full", "selective" or "none"',
     ),
     Unsupported(
-        "optimizer.early_step_in_backward",
-        lambda job: job.optimizer.early_step_in_backward,
-        "it steps before the global gradient norm is known, so that nothing could be clipped; set it to false",
-    ),
-    Unsupported(
         "fault_tolerance.enable",
         lambda job: job.fault_tolerance.enable,
         "replica groups that may fail are not there yet; set it to false and resume from checkpoints",

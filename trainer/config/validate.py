@@ -5,6 +5,7 @@ them. All run, so that all problems come at once. What one key allows by itself 
 cannot do is its arguments' (`ModelArgs.problems`), and what the machine lacks is found when it is used.
 """
 
+import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import PurePath
@@ -270,6 +271,29 @@ def _seed(checkpoint: Checkpoint) -> Problems:
         yield f"{key} nothing is loaded, but checkpoint.load_step is {checkpoint.load_step}; leave one out"
 
 
+def _early_step(job: JobConfig) -> Problems:
+    if not job.optimizer.early_step_in_backward:
+        return
+    key, training = "optimizer.early_step_in_backward = true:", job.training
+    if not math.isinf(training.max_norm):
+        yield (
+            f"{key} weights move before the norm of all gradients is known, so that nothing can be clipped to"
+            f" training.max_norm = {training.max_norm:g}; set that to inf, or this to false"
+        )
+    if training.on_nonfinite == "skip":
+        yield (
+            f"{key} weights move before a step is known not to be finite, so that none can be skipped; set"
+            ' training.on_nonfinite to "stop", or this to false'
+        )
+    if (degree := job.parallelism.pipeline_parallel_degree) > 1:
+        yield (
+            f"{key} in a pipeline its schedule decides which backward completes a gradient; set"
+            f" parallelism.pipeline_parallel_degree = {degree} to 1, or this to false"
+        )
+    if job.debug.compare_ranks:
+        yield f"{key} no gradient is left for debug.compare_ranks = {job.debug.compare_ranks}; set that to 0"
+
+
 def _groups(job: JobConfig) -> Problems:
     for index, group in enumerate(job.optimizer.parameter_groups):
         try:
@@ -289,6 +313,7 @@ RULES: tuple[Callable[[JobConfig], Problems], ...] = (
     _async_tensor,
     _folders,
     _checkpoint,
+    _early_step,
     _groups,
 )
 """Rules on the job alone."""
