@@ -63,8 +63,7 @@ class Deal:
 
     def cut(self, x: Tensor, dim: int) -> Tensor:
         """This rank's part of whole rows. The length along `dim` is a multiple of `count`."""
-        length = x.shape[dim] // self.count
-        return torch.cat([x.narrow(dim, chunk * length, length) for chunk in self.chunks(self.axis.rank)], dim=dim)
+        return x.index_select(dim, self.indices(x.shape[dim] // self.axis.size, x.device))
 
     def to_row_order(self, x: Tensor, dim: int) -> Tensor:
         """Whole rows, from their parts in rank order."""
@@ -77,7 +76,9 @@ class Deal:
 
     def indices(self, length: int, device: torch.device) -> Tensor:
         """Where in the row each of this rank's `length` tokens stands. # (length,)"""
-        return self.cut(torch.arange(length * self.axis.size, device=device), 0)
+        n = length * self.axis.size // self.count
+        # A sum and not a slice: a symbolic rank can be added to a tensor, but not slice one that all ranks have alike.
+        return torch.cat([torch.arange(n, device=device) + chunk * n for chunk in self.chunks(self.axis.rank)])
 
     def steps(self, length: int) -> tuple[tuple[Tile, ...], ...]:
         """The tiles that are not empty by causality, while the keys of all ranks pass by.

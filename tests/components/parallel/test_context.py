@@ -298,3 +298,39 @@ def test_what_each_rank_holds_and_sends() -> None:
     assert of(2, degree=3, rotate_method="alltoall") == ([2, 3], *ring)
     trade = {"all_to_all_single": 4}, {"all_to_all_single": 4}
     assert of(0, degree=3, rotate_method="ulysses") == ([0, 5], *trade)
+
+
+def in_one_process(config: Parallelism, documents: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    """As `shared`, with all ranks in this process: each tensor is then one tensor for each rank."""
+    from torch.distributed._local_tensor import LocalTensor, LocalTensorMode  # no public name yet
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=3, store=FakeStore())
+    model, batch = make(4), rows(documents)  # outside of the mode, in which each rank would draw its own numbers
+    whole = (rows(True).labels != IGNORE).sum()
+    with LocalTensorMode(3):
+        axis = ParallelDims.build(resolve_degrees(config, 3), "cpu").axis("cp")
+        share_sequence(model, llama3_plan(ARGS), axis, config)
+        batch = split_sequence(batch, axis, config)
+        hidden = model(batch.tokens, batch.positions, batch.document_ids if documents else None)
+        logits, labels = model.output(hidden).flatten(0, 1), batch.labels.flatten()
+        loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum") / whole
+        loss.backward()
+        found = {"loss": loss.detach().clone()} | {
+            n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
+        }
+        for value in found.values():
+            dist.all_reduce(value)
+        summed = {name: value.reconcile() for name, value in found.items() if isinstance(value, LocalTensor)}
+    return summed.pop("loss"), summed
+
+
+@pytest.mark.parametrize(("method", "documents"), [("allgather", True), ("alltoall", False), ("ulysses", True)])
+def test_all_ranks_in_one_process(method: str, documents: bool) -> None:
+    config = Parallelism(context_parallel_degree=3, context_parallel_rotate_method=method)  # pyrefly: ignore[bad-argument-type]  # parametrized
+    loss, gradients = run_ranks(1, in_one_process, config, documents, backend=None)[0]
+    want_loss, want = run(make(4), rows(documents), documents)
+    assert loss.item() == pytest.approx(want_loss.item(), rel=1e-5)
+    assert gradients.keys() == want.keys()
+    for name, gradient in want.items():
+        assert (gradients[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
