@@ -13,7 +13,7 @@ class ActivationCheckpoint:
 
     mode: Literal["selective", "full", "memory_budget", "none"] = "selective"
     """none keeps all; full recomputes every block (about a third more FLOPs); selective some blocks, or some ops of
-    each."""
+    each; memory_budget lets the compiler choose (needs `compile`)."""
     selective_ac_option: str = "2"
     """For selective: an integer n recomputes every n-th block; `op` keeps expensive ops and recomputes the cheap
     ones."""
@@ -22,9 +22,11 @@ class ActivationCheckpoint:
     early_stop: bool = False
     """Stop a recomputation once the last tensor that is needed is there."""
     memory_budget: Fraction = 0.5
-    """For memory_budget: share of the activation memory of `none` that may be used."""
+    """For memory_budget: share of the activations that compiled code would keep by itself that it may keep; the least
+    recomputation that fits is chosen, by FLOPs. 1: all, 0: only a block's inputs."""
     visualize_memory_budget_pareto: bool = False
-    """For memory_budget: draw what other budgets would cost."""
+    """For memory_budget: draw what other budgets would cost, as SVG files in `memory_budget_pareto` inside
+    `dump_folder`. Needs matplotlib."""
     preserve_rng_state: bool = True
     """Restore the random state for recomputation. The built-in models draw nothing from it."""
     determinism_check: str = "default"

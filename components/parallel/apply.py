@@ -42,7 +42,8 @@ def parallelize(
     tensor(model, plan, dims, job)
     share_sequence(model, plan, dims.axis("cp"), job.parallelism)
     expert(model, plan, dims)
-    recompute(model, plan, job.activation_checkpoint)
+    compiled = job.compile.enable and "model" in job.compile.components
+    recompute(model, plan, job.activation_checkpoint, job.job.dump_folder, compiled=compiled)
     compile_blocks(model, plan, job.compile)
     shard(model, plan, dims, job.parallelism, compute_dtype, job.training.enable_cpu_offload)
     return model

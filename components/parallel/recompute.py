@@ -3,13 +3,18 @@
 `full` keeps a block's inputs only: least memory, one more forward pass, about a third more FLOPs. `selective` with an
 integer n does so to every n-th block. `selective` with `op` works inside of each block: what is expensive to compute is
 kept, what is cheap is computed again; of matmuls, which are expensive to keep as well, every second one is.
+`memory_budget` leaves the choice to the compiler, which knows each block's graph: the least recomputation that keeps no
+more than a share of what it would keep by itself.
 
 A block's `forward` is replaced in place. Wrapper modules were rejected: they put a prefix into every parameter's name,
 and names are keys of checkpoints, of initialization and of optimizer groups.
 """
 
 import functools
+import importlib
+import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -37,18 +42,24 @@ MATMULS = {"aten::mm": 1, "aten::addmm": 2, "aten::_grouped_mm": 1}
 """Matrix products, of which `op` keeps the first, third, …; and which of their arguments is the weight, transposed."""
 
 
-def recompute(model: nn.Module, plan: Plan, config: ActivationCheckpoint) -> None:
+DRAWINGS = "memory_budget_pareto"
+"""Folder inside `dump_folder` for drawings of what other budgets would cost."""
+
+
+def recompute(
+    model: nn.Module, plan: Plan, config: ActivationCheckpoint, dump_folder: Path | str = ".", *, compiled: bool = False
+) -> None:
     """Replace the `forward` of blocks, as `[activation_checkpoint]` says. Values and gradients stay the same.
 
-    Raises ConfigError for a mode that does not exist yet, a `selective_ac_option` that is neither an integer of at
-    least 1 nor `op`, and settings that exclude each other.
+    `compiled`: blocks will be compiled, which a memory budget needs; its drawings go into `dump_folder`. Raises
+    ConfigError for a `selective_ac_option` that is neither an integer of at least 1 nor `op`, and settings that exclude
+    each other.
     """
-    if config.mode == "none":
+    _set_budget(config, Path(dump_folder))
+    if config.mode == "memory_budget" and not compiled:
+        raise ConfigError('activation_checkpoint.mode = "memory_budget": needs compiled blocks, see compile.enable')
+    if config.mode in ("none", "memory_budget"):
         return
-    if config.mode == "memory_budget":
-        raise ConfigError(
-            "activation_checkpoint.mode = 'memory_budget' is not yet supported: use none, full, selective"
-        )
     by_op = config.mode == "selective" and config.selective_ac_option == "op"
     settings: dict[str, Any] = {"context_fn": _contexts(model, config)} if by_op else {}
     settings |= {
@@ -61,6 +72,25 @@ def recompute(model: nn.Module, plan: Plan, config: ActivationCheckpoint) -> Non
     for i, block in enumerate(find(model, plan.blocks).values(), start=1):
         if i % every == 0:
             block.forward = _recomputed(block.forward, settings)
+
+
+def _set_budget(config: ActivationCheckpoint, dump_folder: Path) -> None:
+    """Tell the partitioner of compiled graphs how much it may keep. It is set for the process, so without a budget it
+    is set back."""
+    budgeted = config.mode == "memory_budget"
+    draws = budgeted and config.visualize_memory_budget_pareto
+    if draws and importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError(
+            "activation_checkpoint.visualize_memory_budget_pareto = true: drawing needs the package matplotlib: install"
+            " it, or set this to false"
+        )
+    settings: dict[str, Any] = {"activation_memory_budget": config.memory_budget if budgeted else 1.0}
+    settings["visualize_memory_budget_pareto"] = draws
+    settings["memory_budget_pareto_dir"] = str(dump_folder / DRAWINGS)
+    # The switches have no public name; `torch.compile(options=...)` takes only those of inductor.
+    partitioner = importlib.import_module("torch._functorch.config")
+    for name, value in settings.items():
+        setattr(partitioner, name, value)
 
 
 def _every(option: str) -> int:

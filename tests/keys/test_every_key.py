@@ -21,7 +21,7 @@ from trainer.config.validate import validate
 
 KEYS = schema_of(JobConfig).names
 
-ONE_VALUE_OF_MANY = {"activation_checkpoint.mode", "comm.mode"}
+ONE_VALUE_OF_MANY = {"comm.mode"}
 """Keys that do something, but not with every value yet: shown, and refused with that value."""
 
 TWO_RANKS = {
@@ -45,11 +45,6 @@ REFUSED = {
         (*EXPERTS, "--parallelism.expert_parallel_degree=2", "--parallelism.expert_parallel_comm_backend=deepep"),
         '"deepep": not yet supported: DeepEP is a CUDA library of its own, whose kernels nothing here could be tested'
         ' with; set it to "standard"',
-    ),
-    "activation_checkpoint.mode": (
-        ("--activation_checkpoint.mode=memory_budget",),
-        '"memory_budget": not yet supported: recompute by memory budget is not there yet; set it to "full",'
-        ' "selective" or "none"',
     ),
     "fault_tolerance.enable": (
         ("--fault_tolerance.enable",),
@@ -82,7 +77,6 @@ REFUSED = {
 """Key → arguments that make it live, and how it is refused then."""
 
 PIPELINE = ("--parallelism.pipeline_parallel_degree=2",)
-BUDGET = ("--activation_checkpoint.mode=memory_budget",)
 FAULTS = ("--fault_tolerance.enable",)
 SETTINGS: dict[str, tuple[tuple[str, ...], str]] = {
     **{
@@ -115,10 +109,6 @@ SETTINGS: dict[str, tuple[tuple[str, ...], str]] = {
             "pipeline_parallel_microbatch_size",
             "pipeline_parallel_expert_parallel_overlap",
         )
-    },
-    **{
-        f"activation_checkpoint.{name}": (BUDGET, "mode is not memory_budget")
-        for name in ("memory_budget", "visualize_memory_budget_pareto")
     },
     "checkpoint.enable_ft_dataloader_checkpoints": ((SAVES, *FAULTS), "checkpoint.enable is false"),
     "checkpoint.initial_load_in_hf_quantized": (

@@ -44,11 +44,6 @@ UNSUPPORTED = (
         'DeepEP is a CUDA library of its own, whose kernels nothing here could be tested with; set it to "standard"',
     ),
     Unsupported(
-        "activation_checkpoint.mode",
-        lambda job: job.activation_checkpoint.mode == "memory_budget",
-        'recompute by memory budget is not there yet; set it to "full", "selective" or "none"',
-    ),
-    Unsupported(
         "fault_tolerance.enable",
         lambda job: job.fault_tolerance.enable,
         "replica groups that may fail are not there yet; set it to false and resume from checkpoints",

@@ -45,6 +45,9 @@ FOLDERS: Mapping[str, Callable[[JobConfig], str | None]] = {
 """Keys whose paths lie inside `job.dump_folder`."""
 
 
+UNPARTITIONED = ("eager", "eager_noexcept", "eager_debug")
+"""Back ends of torch.compile that do not split a graph into forward and backward themselves."""
+
 DEGREES = tuple(f"parallelism.{name}" for name in hints_of(Parallelism) if name.endswith("_degree"))
 """The keys that lay a job out over ranks."""
 
@@ -219,6 +222,8 @@ def _recompute(job: JobConfig) -> Problems:
             f"activation_checkpoint.selective_ac_option = {toml_literal(option)}: must be a positive integer in quotes"
             ' (every n-th block) or "op"'
         )
+    if recompute.mode == "memory_budget":
+        yield from _budget(job)
     if recompute.determinism_check not in ("default", "none"):
         shown = toml_literal(recompute.determinism_check)
         yield f'activation_checkpoint.determinism_check = {shown}: must be one of "default", "none"'
@@ -233,6 +238,21 @@ def _async_tensor(job: JobConfig) -> Problems:
             "parallelism.enable_async_tensor_parallel = true: it is inductor that overlaps, but it does not compile the"
             ' model; set compile.enable to true, with "model" in compile.components and compile.backend = "inductor",'
             " or this to false"
+        )
+
+
+def _budget(job: JobConfig) -> Problems:
+    """The compiler is who keeps within a memory budget."""
+    key, compiled = 'activation_checkpoint.mode = "memory_budget":', job.compile
+    if not compiled.enable:
+        yield f'{key} needs compiled blocks, but compile.enable is false; set that to true, or take "selective"'
+    elif "model" not in compiled.components:
+        shown = toml_literal(list(compiled.components))
+        yield f'{key} needs compiled blocks, but compile.components = {shown}; add "model" there, or take "selective"'
+    elif compiled.backend in UNPARTITIONED:
+        yield (
+            f"{key} compile.backend = {toml_literal(compiled.backend)} does not choose what is kept; take another one,"
+            ' such as "inductor"'
         )
 
 

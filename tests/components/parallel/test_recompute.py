@@ -117,7 +117,7 @@ def test_settings_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (
             ActivationCheckpoint(mode="memory_budget"),
-            "activation_checkpoint.mode = 'memory_budget' is not yet supported: use none, full, selective",
+            'activation_checkpoint.mode = "memory_budget": needs compiled blocks, see compile.enable',
         ),
         (
             replace(BY_OP, debug=True),
