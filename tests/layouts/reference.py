@@ -15,6 +15,7 @@ from components.layers.initialize import initialize
 from components.mesh.batch import IGNORE, Batch
 from components.optim.schedule import lr_factor
 from models.train_spec import TrainSpec, families
+from tests.layouts.balance import Experts
 from tests.layouts.facts import Facts, Step
 from tests.layouts.layout import Layout
 from tests.ranks import run_ranks
@@ -34,7 +35,7 @@ def compute(layout: Layout) -> tuple[Facts, dict[str, str]]:
     job = load_job([*layout.arguments(), "--job.dump_folder=unused"], {}).job
     import_custom(job.experimental.custom_import)
     spec = families[job.model.name].load()
-    model = spec.model_cls(spec.model_args[job.model.flavor])
+    model = spec.model_cls(spec.args_for_job_fn(spec.model_args[job.model.flavor], job))
     initialize(model, cast(Model, model).inits(), job.debug.seed or 0)
     canonical = {id(p): name for name, p in model.named_parameters()}
     aliases = {name: canonical[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
@@ -47,6 +48,7 @@ class Run:
     def __init__(self, job: JobConfig, spec: TrainSpec, model: nn.Module, low: bool) -> None:
         self.job, self.spec, self.model, self.low = job, spec, model, low
         self.parameters = dict(model.named_parameters())
+        self.experts = Experts(model)
 
     def facts(self) -> Facts:
         """Train and validate."""
@@ -57,7 +59,8 @@ class Run:
 
     def state(self) -> dict[str, Tensor]:
         """Copies of all parameters, and of the buffers."""
-        return {name: value.detach().clone() for name, value in (*self.parameters.items(), *self.model.named_buffers())}
+        values = (*self.parameters.items(), *self.model.named_buffers())
+        return {name: value.detach().float().clone() for name, value in values}
 
     def batches(self, validation: bool) -> Any:
         """The rows of each step, all of them."""
@@ -84,7 +87,7 @@ class Run:
         for number, rows in zip(range(1, job.training.steps + 1), self.batches(validation=False), strict=False):
             losses, valid = self.losses(rows.batch)  # (rows, seq) each
             mean = losses.sum() / valid.sum()
-            mean.backward()
+            (mean + self.experts.loss(rows.batch.positions, valid)).backward()
             first = first or {name: p.grad.clone() for name, p in self.parameters.items() if p.grad is not None}
             norm = torch.stack([p.grad.norm() for p in self.parameters.values() if p.grad is not None]).norm()
             for parameter in self.parameters.values():
@@ -94,6 +97,7 @@ class Run:
                 group["lr"] = rate.lr * factor(number)
             optimizer.step()
             optimizer.zero_grad()
+            self.experts.step()
             tokens += int(valid.sum())
             rows_with = valid.sum(1) > 0
             largest = (losses.sum(1) / valid.sum(1))[rows_with].max()
@@ -106,6 +110,7 @@ class Run:
         with torch.no_grad():
             for rows in self.batches(validation=True):
                 losses, valid = self.losses(rows.batch)
+                self.experts.loss(rows.batch.positions, valid)  # for its look at the margins
                 total, count = total + float(losses.sum()), count + int(valid.sum())
         return total / count
 
