@@ -11,6 +11,7 @@ NCCL's failures do not reach Python: its watchdog ends the process, names the co
 """
 
 import json
+import pickle
 import sys
 import sysconfig
 import threading
@@ -259,4 +260,8 @@ def _write_recording(path: Path) -> None:
     if dump is None or not _in_order():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(dump())
+    recording = pickle.loads(dump())
+    recording["pg_config"] = {  # gloo leaves it empty, and the analyzer needs it
+        name: {"name": name, "desc": _title(name), "ranks": str(ranks)} for name, ranks in _groups().items()
+    }
+    path.write_bytes(pickle.dumps(recording))

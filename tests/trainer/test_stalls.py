@@ -36,8 +36,9 @@ def test_a_rank_that_hangs_is_named_with_its_place_and_the_collective(tmp_path: 
     assert found, done.stderr
     assert int(found[2]) == int(found[3]) + 1
     assert "Traceback" not in done.stderr
-    recordings = [pickle.loads((traces / f"rank_{rank}").read_bytes())["entries"] for rank in range(2)]
-    last = [entries[-1] for entries in recordings]
+    recordings = [pickle.loads((traces / f"rank_{rank}").read_bytes()) for rank in range(2)]
+    assert [recording["pg_config"]["0"]["ranks"] for recording in recordings] == ["[0, 1]"] * 2
+    last = [recording["entries"][-1] for recording in recordings]
     assert [entry["collective_seq_id"] for entry in last] == [int(found[2]), int(found[3])]
     assert last[0]["profiling_name"] == f"gloo:{found[1]}"
     assert any("trainer/trainer.py" in frame["filename"] for frame in last[0]["frames"])
