@@ -71,7 +71,7 @@ class Experts(nn.Module):
             weights: Their weights. # (tokens, k)
 
         Returns:
-            # (tokens, dim)
+            # (tokens, 1, dim), see `combine`
         """
         order, counts = by_expert(chosen.flatten(), self.w1.shape[0])
         return combine(self.compute(x.index_select(0, order // chosen.shape[1]), counts), order, weights)

@@ -53,8 +53,8 @@ def combine(out: Tensor, order: Tensor, weights: Tensor) -> Tensor:
         weights: Weight of each choice. # (tokens, k)
 
     Returns:
-        # (tokens, dim)
+        # (tokens, 1, dim); no view of it, since FSDP's hooks hang on the very tensor that experts return
     """
     tokens, k = weights.shape
     chosen = back(out, order).view(tokens, k, -1)
-    return torch.bmm(weights[:, None].to(out.dtype), chosen).squeeze(1)
+    return torch.bmm(weights[:, None].to(out.dtype), chosen)

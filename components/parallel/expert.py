@@ -100,7 +100,7 @@ class _Dispatch:
         self.ep, self.etp = dims.axis("ep"), dims.axis("etp")
 
     def run(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """# tokens (tokens, dim), experts (tokens, k), weights (tokens, k) → (tokens, dim)"""
+        """# tokens (tokens, dim), experts (tokens, k), weights (tokens, k) → (tokens, 1, dim)"""
         x, chosen, weights = gather(x, 0, self.etp), gather(chosen, 0, self.etp), gather(weights, 0, self.etp)
         order, counts = by_expert(chosen.flatten(), self.count)
         routed = x.index_select(0, order // chosen.shape[1])

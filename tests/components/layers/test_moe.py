@@ -102,7 +102,7 @@ def test_order_by_expert() -> None:
     assert counts.tolist() == [2, 1, 2, 0]
     assert back(chosen[order], order).tolist() == chosen.tolist()
     weights = torch.tensor([[1.0, 2.0]])
-    assert combine(torch.tensor([[10.0], [3.0]]), torch.tensor([1, 0]), weights).tolist() == [[23.0]]
+    assert combine(torch.tensor([[10.0], [3.0]]), torch.tensor([1, 0]), weights).tolist() == [[[23.0]]]
 
 
 def shares(valid: Tensor, of: int) -> Tensor:
