@@ -67,7 +67,8 @@ def token_losses(logits: Tensor, labels: Tensor, shard: VocabularyShard | None =
 class _ShardedCrossEntropy(torch.autograd.Function):
     """log Σ exp(logits) − logits[label], from each rank's logits. What follows is the same on all ranks.
 
-    Backward makes the probabilities anew from the logits: kept are those, in their own type, and one number a token.
+    Backward makes the probabilities anew from the logits: kept are those, in their own type, and two numbers a token,
+    whose sum would lose the digits of a small one beside a large one.
     """
 
     @staticmethod
@@ -81,13 +82,13 @@ class _ShardedCrossEntropy(torch.autograd.Function):
         total, target = all_reduce(torch.stack(((x - peak[:, None]).exp().sum(dim=-1), mine)), shard.axis)
         log_total = total.log()
         valid = labels != IGNORE
-        ctx.save_for_backward(logits, log_total + peak, index, inside, valid)
+        ctx.save_for_backward(logits, peak, log_total, index, inside, valid)
         return torch.where(valid, log_total - target, 0.0)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyrefly: ignore[bad-override]
-        logits, log_sum, index, inside, valid = ctx.saved_tensors
-        out = (logits.float() - log_sum[:, None]).exp()
+        logits, peak, log_total, index, inside, valid = ctx.saved_tensors
+        out = (logits.float() - peak[:, None] - log_total[:, None]).exp()
         out = out.scatter_add(-1, index[:, None], -inside.float()[:, None])
         return (out * torch.where(valid, grad, 0.0)[:, None]).to(logits.dtype), None, None
 

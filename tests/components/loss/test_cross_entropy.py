@@ -4,16 +4,20 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from components.config.training import Loss
-from components.loss.cross_entropy import ChunkedCrossEntropy, CrossEntropy, LossFn, build_loss, losses
+from components.loss.cross_entropy import ChunkedCrossEntropy, CrossEntropy, LossFn, build_loss, losses, token_losses
 from components.loss.names import LOSSES
 from components.mesh.batch import IGNORE, Batch, RowLoss
-from components.mesh.projection import Projection
+from components.mesh.collectives import Axis, sizes_of
+from components.mesh.projection import Projection, VocabularyShard
 from components.runtime.errors import ConfigError
+from tests.ranks import run_ranks
 
 ROWS, SEQ, DIM, VOCAB = 4, 10, 8, 50
 BOTH = [CrossEntropy(), ChunkedCrossEntropy(7), ChunkedCrossEntropy(ROWS * SEQ), ChunkedCrossEntropy(1000)]
@@ -172,3 +176,42 @@ def test_part_to_compile_can_be_replaced() -> None:
     for loss in BOTH[:2]:
         zero = dataclasses.replace(loss, token_losses=lambda logits, labels, shard: logits.sum(-1) * 0)
         assert _run(zero)[0].sums.tolist() == [0.0] * ROWS
+
+
+def _sharded(vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Losses of tokens from this rank's logits, and the gradient of those."""
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    logits, labels = _tokens(vocab)
+    axis = Axis(init_device_mesh("cpu", (ranks,)).get_group(), ranks, rank)
+    shard = VocabularyShard(axis, vocab, sizes_of(vocab, ranks)[rank])
+    mine = logits.to(dtype)[:, shard.start : shard.start + shard.size].requires_grad_()
+    values = token_losses(mine, labels, shard)
+    (values * torch.arange(1.0, 9.0)).sum().backward()
+    assert mine.grad is not None
+    return values.detach(), mine.grad
+
+
+def _tokens(vocab: int) -> tuple[Tensor, Tensor]:
+    """Logits of eight tokens, some of them large, and labels: every second one is missing. # (8, vocab), (8,)"""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(8, vocab, generator=generator) * torch.tensor([1.0, 50.0]).repeat(4)[:, None] + 300.0
+    labels = torch.randint(vocab, (8,), generator=generator)
+    labels[[2, 5, 6]] = IGNORE
+    return logits, labels
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("vocab", "ranks"), [(50, 2), (50, 3), (5, 4)])  # 5 over 4: the last rank has nothing
+def test_a_sharded_vocabulary_gives_the_same(vocab: int, ranks: int, dtype: torch.dtype) -> None:
+    logits, labels = _tokens(vocab)
+    logits = logits.to(dtype).requires_grad_()
+    want = token_losses(logits, labels)
+    (want * torch.arange(1.0, 9.0)).sum().backward()
+    found = run_ranks(ranks, _sharded, vocab, dtype)
+    gradient = torch.cat([grad for _, grad in found], dim=1)
+    torch.testing.assert_close(gradient, logits.grad)
+    assert gradient.dtype == dtype
+    assert not gradient[labels == IGNORE].any()
+    for values, _ in found:
+        torch.testing.assert_close(values, want.detach())
+        assert not values[labels == IGNORE].any()
