@@ -24,11 +24,6 @@ KEYS = schema_of(JobConfig).names
 ONE_VALUE_OF_MANY = {"comm.mode"}
 """Keys that do something, but not with every value yet: shown, and refused with that value."""
 
-TWO_RANKS = {
-    "parallelism.pipeline_parallel_degree": "pipeline",
-}
-"""Degrees that no model has a plan for, and the name of what they are for."""
-
 FLOAT8, MX = "--model.converters=quantize.linear.float8", "--model.converters=quantize.linear.mx"
 FLOAT8_EXPERTS = "--model.converters=quantize.grouped_mm.float8"
 MX_EXPERTS = "--model.converters=quantize.grouped_mm.mx"
@@ -76,7 +71,6 @@ REFUSED = {
 }
 """Key → arguments that make it live, and how it is refused then."""
 
-PIPELINE = ("--parallelism.pipeline_parallel_degree=2",)
 FAULTS = ("--fault_tolerance.enable",)
 SETTINGS: dict[str, tuple[tuple[str, ...], str]] = {
     **{
@@ -97,19 +91,6 @@ SETTINGS: dict[str, tuple[tuple[str, ...], str]] = {
     "quantize.grouped_mm.mx.recipe_name": ((MX_EXPERTS,), "converter quantize.grouped_mm.mx is not listed"),
     "quantize.grouped_mm.mx.fqns": ((MX_EXPERTS,), "converter quantize.grouped_mm.mx is not listed"),
     "model.print_after_conversion": ((FLOAT8,), "model.converters is empty"),
-    **{
-        f"parallelism.{name}": (PIPELINE, "parallelism.pipeline_parallel_degree is 1")
-        for name in (
-            "module_fqns_per_model_part",
-            "pipeline_parallel_first_stage_less_layers",
-            "pipeline_parallel_last_stage_less_layers",
-            "pipeline_parallel_layers_per_stage",
-            "pipeline_parallel_schedule",
-            "pipeline_parallel_schedule_csv",
-            "pipeline_parallel_microbatch_size",
-            "pipeline_parallel_expert_parallel_overlap",
-        )
-    },
     "checkpoint.enable_ft_dataloader_checkpoints": ((SAVES, *FAULTS), "checkpoint.enable is false"),
     "checkpoint.initial_load_in_hf_quantized": (
         (SAVES, "--checkpoint.initial_load_in_hf"),
@@ -137,7 +118,10 @@ SETTINGS: dict[str, tuple[tuple[str, ...], str]] = {
 """Key → arguments that switch on what it is a setting of, and why it is inactive without them."""
 
 NEVER = {
-    "training.dataloader.persistent_workers": "training is one pass from the first step to the last, epochs included"
+    "training.dataloader.persistent_workers": "training is one pass from the first step to the last, epochs included",
+    "parallelism.pipeline_parallel_expert_parallel_overlap": (
+        "no schedule overlaps the dispatch of one microbatch's experts with another's compute"
+    ),
 }
 """Keys that TorchTitan's files may set and that can do nothing here, and what is said of them."""
 
@@ -161,7 +145,7 @@ def problems(arguments: tuple[str, ...], ranks: int = 1) -> list[str]:
 
 
 def test_every_key_is_in_one_place() -> None:
-    places = Counter([*shown(), *({*REFUSED} - ONE_VALUE_OF_MANY), *TWO_RANKS, *SETTINGS, *NEVER])
+    places = Counter([*shown(), *({*REFUSED} - ONE_VALUE_OF_MANY), *SETTINGS, *NEVER])
     assert sorted(KEYS - {*places}) == [], "no test shows what these do: mark one with @pytest.mark.shows"
     assert {key: shown().get(key) for key in {*places} - KEYS} == {}, "these are no keys"
     assert {key: shown().get(key) for key, count in places.items() if count > 1} == {}, "these are in two places"
@@ -178,13 +162,6 @@ def test_what_is_not_there_is_refused(key: str) -> None:
     arguments, message = REFUSED[key]
     assert f"{key} = {message}" in problems(arguments)
     assert problems(()) == []
-
-
-@pytest.mark.parametrize("key", TWO_RANKS)
-def test_degrees_without_a_plan_are_refused(key: str) -> None:
-    expected = f"{key} = 2: llama3 has no plan for {TWO_RANKS[key]} parallelism yet; set it to 1"
-    assert problems((f"--{key}=2",), 2) == [expected]
-    assert problems((), 2) == []
 
 
 def test_degrees_of_experts_need_experts() -> None:
@@ -218,6 +195,18 @@ def test_what_can_do_nothing_is_said(key: str) -> None:
     assert inactive(JobConfig(), key) == NEVER[key]
 
 
+PP = "--parallelism.pipeline_parallel_degree=2"
+PIPELINE = (
+    "parallelism.pipeline_parallel_first_stage_less_layers",
+    "parallelism.pipeline_parallel_last_stage_less_layers",
+    "parallelism.pipeline_parallel_layers_per_stage",
+    "parallelism.pipeline_parallel_schedule",
+    "parallelism.pipeline_parallel_schedule_csv",
+    "parallelism.pipeline_parallel_microbatch_size",
+    "parallelism.module_fqns_per_model_part",
+)
+BY_HAND = "parallelism.module_fqns_per_model_part decides"
+BY_FILE = "parallelism.pipeline_parallel_schedule_csv decides"
 SYNTHETIC = 'training.dataset is "synthetic", whose rows are drawn by their number, without end'
 
 
@@ -227,6 +216,10 @@ SYNTHETIC = 'training.dataset is "synthetic", whose rows are drawn by their numb
         (("--training.dataset=synthetic",), "data.streams", SYNTHETIC),
         (("--training.dataset=synthetic",), "data.shuffle_window", SYNTHETIC),
         (("--training.dataset=synthetic",), "data.document_mask", None),
+        *(((), key, "parallelism.pipeline_parallel_degree is 1") for key in PIPELINE),
+        *(((PP,), key, None) for key in PIPELINE),
+        *(((PP, "--parallelism.module_fqns_per_model_part=[[]]"), key, BY_HAND) for key in PIPELINE[:3]),
+        ((PP, "--parallelism.pipeline_parallel_schedule_csv=a.csv"), PIPELINE[3], BY_FILE),
         ((), "parallelism.context_parallel_load_balancer", "parallelism.context_parallel_degree is 1"),
         ((), "parallelism.context_parallel_rotate_method", "parallelism.context_parallel_degree is 1"),
         (("--parallelism.context_parallel_degree=2",), "parallelism.context_parallel_rotate_method", None),

@@ -135,7 +135,6 @@ INACTIVE = (
             "parallelism.pipeline_parallel_schedule",
             "parallelism.pipeline_parallel_schedule_",
             "parallelism.pipeline_parallel_microbatch_",
-            "parallelism.pipeline_parallel_expert_",
             "parallelism.module_fqns_per_model_part",
         ),
         lambda job: job.parallelism.pipeline_parallel_degree == 1,
@@ -156,7 +155,7 @@ INACTIVE = (
         "parallelism.module_fqns_per_model_part decides",
     ),
     Inactive(
-        ("parallelism.pipeline_parallel_expert_",),
+        ("parallelism.pipeline_parallel_expert_parallel_overlap",),
         lambda job: True,
         "no schedule overlaps the dispatch of one microbatch's experts with another's compute",
     ),

@@ -43,6 +43,8 @@ class Computed:
     """Of the first step, before clipping."""
     values: dict[str, Tensor] = field(default_factory=dict)
     """Of the parameters, after the last step."""
+    schedules: list[tuple[str, int]] = field(default_factory=list)
+    """torch's class, and the microbatches that it runs; of the first rank."""
 
 
 def _whole(value: Tensor) -> Tensor:
@@ -75,6 +77,8 @@ def _trained(argv: list[str]) -> Computed:
     found.values = {name: _whole(p) for model in trainer.models for name, p in model.named_parameters()}
     if trainer.validator:
         found.validation = trainer.validator.validate(0)
+    schedules = trainer.pipeline._schedules.values() if trainer.pipeline else ()
+    found.schedules = [(type(schedule).__name__, schedule._n_microbatches) for schedule in schedules]
     trainer.close()
     return found
 
@@ -102,7 +106,7 @@ def run(ranks: int, folder: Path, jobs: Mapping[str, tuple[str, ...]], timeout: 
 
 
 def _joined(ranks: list[Computed]) -> Computed:
-    joined = Computed(ranks[0].steps, ranks[0].validation)
+    joined = Computed(ranks[0].steps, ranks[0].validation, schedules=ranks[0].schedules)
     for rank in ranks:
         assert (rank.steps, rank.validation) == (joined.steps, joined.validation)
         for mine, all_ in ((rank.gradients, joined.gradients), (rank.values, joined.values)):

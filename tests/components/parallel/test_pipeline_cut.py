@@ -33,6 +33,8 @@ def test_modules_are_the_plans_in_order() -> None:
     assert (modules.before, modules.after) == (("tok_embeddings",), ("norm", "output"))
 
 
+@pytest.mark.shows("parallelism.pipeline_parallel_first_stage_less_layers")
+@pytest.mark.shows("parallelism.pipeline_parallel_last_stage_less_layers")
 def test_ends_have_fewer_layers() -> None:
     assert cut(6) == [["tok_embeddings", "0", "1", "2"], ["3", "4", "5", "norm", "output"]]
     assert [len(part) for part in cut(10, pipeline_parallel_degree=4)] == [1 + 2, 3, 3, 2 + 2]
@@ -53,6 +55,7 @@ def test_layers_that_do_not_divide_go_where_there_is_least_to_compute() -> None:
     assert [len(part) for part in cut(32, same, pipeline_parallel_degree=4)] == [1 + 7, 9, 9, 7 + 2]
 
 
+@pytest.mark.shows("parallelism.pipeline_parallel_layers_per_stage")
 def test_stages_go_round_or_there_and_back() -> None:
     assert ranks(6, pipeline_parallel_degree=2) == (0, 1)
     assert ranks(6, pipeline_parallel_degree=2, pipeline_parallel_schedule="LoopedBFS") == (0, 1, 0, 1)
@@ -72,6 +75,7 @@ def test_every_published_shape_can_be_cut(flavor: str) -> None:
             assert [name for part in found.parts for name in part] == [*modules.names]
 
 
+@pytest.mark.shows("parallelism.module_fqns_per_model_part")
 def test_by_hand() -> None:
     parts = [["tok_embeddings", "layers.0"], ["layers.1", "norm", "output"]]
     assert cut(2, module_fqns_per_model_part=parts) == [["tok_embeddings", "0"], ["1", "norm", "output"]]

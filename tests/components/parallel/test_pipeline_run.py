@@ -6,6 +6,7 @@ import pytest
 
 from tests.components.parallel.pipeline_jobs import Computed, run, same
 
+shows = pytest.mark.shows
 PP = "--parallelism.pipeline_parallel_degree"
 SCHEDULE = "--parallelism.pipeline_parallel_schedule"
 RECOMPUTE, OPTION = "--activation_checkpoint.mode", "--activation_checkpoint.selective_ac_option"
@@ -74,9 +75,20 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Computed]:
     return run(2, folder, jobs)
 
 
+@shows("parallelism.pipeline_parallel_degree")
 @pytest.mark.parametrize("name", TWO)
 def test_two_stages_or_four_on_two_ranks(name: str, two: dict[str, Computed], reference: dict[str, Computed]) -> None:
     same(two[name], reference["untied"])
+
+
+@shows("parallelism.pipeline_parallel_schedule")
+@shows("parallelism.pipeline_parallel_schedule_csv")
+@shows("parallelism.pipeline_parallel_microbatch_size")
+def test_the_schedule_is_the_one_that_was_named(two: dict[str, Computed]) -> None:
+    assert [two[name].schedules for name in NAMES] == [[(f"Schedule{name}", 4)] for name in NAMES]
+    assert two["a file"].schedules == [("_PipelineScheduleRuntime", 4)]
+    assert two["microbatches of 2"].schedules == [("ScheduleGPipe", 2)]
+    assert two["one microbatch"].schedules == [("ScheduleGPipe", 1)]
 
 
 def test_tied_embeddings(reference: dict[str, Computed], tmp_path: Path) -> None:
