@@ -20,7 +20,7 @@ class Columns:
 
     unit: int = 1
     """Features that must stay together: a head's width. Where there are fewer units than ranks, each rank computes the
-    unit that it needs, and the weight is replicated."""
+    unit that it needs, and the weight is replicated. 1: any number of features can be cut, evenly or not."""
 
 
 @dataclass(frozen=True)
