@@ -26,7 +26,7 @@ class Parallelism:
     pipeline_parallel_degree: PositiveInt = 1
     """Ranks that the layers are dealt to."""
     module_fqns_per_model_part: list[list[str]] | None = None
-    """The modules of each pipeline stage, by name. None: cut automatically."""
+    """The modules of each pipeline stage, by name; each of the model once, in order. None: cut automatically."""
     pipeline_parallel_first_stage_less_layers: NonNegativeInt = 1
     """Layers that the first stage has less than the others, to make room for the embedding."""
     pipeline_parallel_last_stage_less_layers: NonNegativeInt = 1
@@ -34,13 +34,15 @@ class Parallelism:
     pipeline_parallel_layers_per_stage: PositiveInt | None = None
     """Layers of a stage. None: one stage per rank, or two for interleaved schedules."""
     pipeline_parallel_schedule: str = "1F1B"
-    """Name of the pipeline schedule."""
+    """GPipe, 1F1B; with two or more stages on each rank LoopedBFS, Interleaved1F1B, InterleavedZeroBubble; with two,
+    there and back, ZBVZeroBubble, DualPipeV."""
     pipeline_parallel_schedule_csv: str | None = ""
-    """CSV file with a schedule of one's own."""
+    """CSV file with a schedule of one's own, which then decides: a row for each pipeline rank, cells such as 0F2 (stage
+    0, forward, microbatch 2; B: backward; I, W: for inputs, for weights)."""
     pipeline_parallel_microbatch_size: PositiveInt = 1
     """Rows of one pipeline microbatch; divides `local_batch_size`."""
     pipeline_parallel_expert_parallel_overlap: bool = True
-    """Overlap expert dispatch with compute in schedules that can."""
+    """Overlap expert dispatch with compute in schedules that can. Does nothing: no schedule here does."""
     context_parallel_degree: PositiveInt = 1
     """Ranks that share each sequence."""
     context_parallel_load_balancer: Literal["headtail", ""] | None = "headtail"

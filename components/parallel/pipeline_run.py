@@ -30,9 +30,10 @@ from components.config.job_config import JobConfig
 from components.mesh.batch import Batch, RowLoss
 from components.mesh.parallel_dims import ParallelDims
 from components.parallel.pipeline import Stage
-from components.parallel.pipeline_schedules import find_schedule
+from components.parallel.pipeline_schedules import find_schedule, splits_backward
 from components.parallel.pipeline_tied import TiedParameters
 from components.runtime.errors import MeshError
+from components.runtime.logging import logger
 
 Loss = Callable[[Tensor, nn.Module, Batch], RowLoss]
 """(the last stage's output, the last stage's module, rows) → their losses."""
@@ -59,6 +60,11 @@ class Pipeline:
         self.stages, self.config, self.axis = stages, job.parallelism, axis
         self._parts, self._dtype, self._loss = dims.degrees.tp, dtype, loss
         self._whole_backward = not can_split_backward(job)
+        if self._whole_backward and splits_backward(job.parallelism):
+            logger.info(
+                "note: parallelism.pipeline_parallel_schedule: backwards are not split in two, since blocks are"
+                " recomputed, compiled or freed after forward; the bubbles that splitting would fill stay"
+            )
         self._schedules: dict[tuple[int, ...], Any] = {}
         self._results: list[RowLoss] = []
         self._valid = torch.ones(())

@@ -35,6 +35,8 @@ class Schedule:
     """single: one stage per rank. loop: two or more, dealt round and round. v: two, there and back."""
     fits: Callable[[int, int, int], str | None] = lambda microbatches, stages, pp: None
     """(microbatches, stages, ranks) → what it needs instead, or None."""
+    splits: bool = False
+    """Whether it computes gradients of weights apart from those of inputs."""
 
     @property
     def stages_per_rank(self) -> int:
@@ -60,9 +62,9 @@ SCHEDULES = {
         Schedule("1F1B", "single", _at_least_stages),
         Schedule("LoopedBFS", "loop"),
         Schedule("Interleaved1F1B", "loop", _whole_rounds),
-        Schedule("InterleavedZeroBubble", "loop", _whole_rounds),
-        Schedule("ZBVZeroBubble", "v"),
-        Schedule("DualPipeV", "v", _at_least_stages),
+        Schedule("InterleavedZeroBubble", "loop", _whole_rounds, splits=True),
+        Schedule("ZBVZeroBubble", "v", splits=True),
+        Schedule("DualPipeV", "v", _at_least_stages, splits=True),
     )
 }
 """By name in lower case."""
@@ -88,6 +90,14 @@ def stage_ranks(parallelism: Parallelism, stages: int) -> list[int]:
     if find_schedule(parallelism.pipeline_parallel_schedule).shape == "v":
         return [min(stage, 2 * pp - 1 - stage) for stage in range(stages)]
     return [stage % pp for stage in range(stages)]
+
+
+def splits_backward(parallelism: Parallelism) -> bool:
+    """Whether the schedule computes gradients of weights apart. Raises ConfigError for one that cannot be used."""
+    if parallelism.pipeline_parallel_schedule_csv:
+        path = Path(parallelism.pipeline_parallel_schedule_csv)
+        return read_csv(path, parallelism.pipeline_parallel_degree).splits
+    return find_schedule(parallelism.pipeline_parallel_schedule).splits
 
 
 class Action(NamedTuple):

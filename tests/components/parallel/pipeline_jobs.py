@@ -67,7 +67,8 @@ def _trained(argv: list[str]) -> Computed:
 
         def train_step(self, rows: Any) -> Any:
             values = super().train_step(rows)
-            found.steps.append((*map(float, values), self.progress.tokens))
+            loss, largest, norm = map(float, values)
+            found.steps.append((loss, largest, norm, self.progress.tokens))
             return values
 
     resolved = load_job(argv, os.environ)

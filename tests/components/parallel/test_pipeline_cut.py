@@ -1,6 +1,7 @@
 """Where pipelines cut, and what is refused: arithmetic, exact texts."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -38,9 +39,12 @@ def test_modules_are_the_plans_in_order() -> None:
 def test_ends_have_fewer_layers() -> None:
     assert cut(6) == [["tok_embeddings", "0", "1", "2"], ["3", "4", "5", "norm", "output"]]
     assert [len(part) for part in cut(10, pipeline_parallel_degree=4)] == [1 + 2, 3, 3, 2 + 2]
-    even = {f"pipeline_parallel_{end}_stage_less_layers": 0 for end in ("first", "last")}
+    even: dict[str, Any] = {f"pipeline_parallel_{end}_stage_less_layers": 0 for end in ("first", "last")}
     assert [len(part) for part in cut(8, pipeline_parallel_degree=4, **even)] == [1 + 2, 2, 2, 2 + 2]
-    uneven = {"pipeline_parallel_first_stage_less_layers": 0, "pipeline_parallel_last_stage_less_layers": 2}
+    uneven: dict[str, Any] = {
+        "pipeline_parallel_first_stage_less_layers": 0,
+        "pipeline_parallel_last_stage_less_layers": 2,
+    }
     assert [len(part) for part in cut(10, pipeline_parallel_degree=4, **uneven)] == [1 + 3, 3, 3, 1 + 2]
 
 
