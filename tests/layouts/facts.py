@@ -5,8 +5,8 @@ Ranks send their pieces with the places that these have in the whole; they are p
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ class Facts:
     """Of the first step, before clipping."""
     updates: dict[str, Tensor]
     """Final value − initial value of each parameter, and of each buffer that training changes."""
+    torn: list[str] = field(default_factory=list)
+    """Where the ranks' pieces did not make a whole."""
 
 
 @dataclass(frozen=True)
@@ -78,56 +80,51 @@ LOW = Bounds(scalar=1e-2, gradient=5e-2, update=1e-1)
 """For bf16: its rounding error is 2⁻⁹ an operation, and another order of sums rounds otherwise."""
 
 
-class Mismatch(Exception):
-    """Pieces that do not make a whole."""
-
-
 def assemble(ranks: list[Told], aliases: Mapping[str, str], bounds: Bounds = EXACT) -> Facts:
-    """The whole of what the ranks hold. Raises Mismatch where ranks disagree or leave something out.
+    """The whole of what the ranks hold.
 
-    `aliases`: the canonical name of each tied parameter's other name.
+    `aliases`: the canonical name of every parameter's name, tied ones having several.
     """
-    first = ranks[0]
+    first, torn = ranks[0], []
     for number, rank in enumerate(ranks):
         if rank.steps != first.steps or rank.validation != first.validation:
-            raise Mismatch(f"rank {number} tells {rank.steps, rank.validation}, rank 0 {first.steps, first.validation}")
-    gradients = _whole([rank.gradients for rank in ranks], aliases, bounds.replica)
-    updates = _whole([rank.updates for rank in ranks], aliases, bounds.update)
-    return Facts(first.steps, first.validation, gradients, updates)
+            torn.append(f"rank {number} tells {rank.steps, rank.validation}, rank 0 {first.steps, first.validation}")
+    gradients = _whole([rank.gradients for rank in ranks], aliases, bounds.replica, torn)
+    updates = _whole([rank.updates for rank in ranks], aliases, bounds.update, torn)
+    return Facts(first.steps, first.validation, gradients, updates, torn)
 
 
-def _whole(ranks: list[Pieces], aliases: Mapping[str, str], bound: float) -> dict[str, Tensor]:
+def _whole(ranks: list[Pieces], aliases: Mapping[str, str], bound: float, torn: list[str]) -> dict[str, Tensor]:
+    """The pieces put together; what is wrong with them is added to `torn`."""
     whole: dict[str, Tensor] = {}
     for number, pieces in enumerate(ranks):
         for own, piece in pieces.items():
             name = aliases.get(own, own)
             there = whole.setdefault(name, torch.full(piece.shape, math.nan))
-            if piece.values.numel():
-                _put(there, piece, f"{own} of rank {number}", bound)
-    holes = [f"{name} ({int(value.isnan().sum())} elements)" for name, value in whole.items() if value.isnan().any()]
-    if holes:
-        raise Mismatch(f"no rank holds {', '.join(holes)}")
+            torn += [f"{own} of rank {number} {what}" for what in _put(there, piece, bound)]
+    for name, value in whole.items():
+        if holes := int(value.isnan().sum()):
+            torn.append(f"no rank holds {holes} elements of {name}")
     return whole
 
 
-def _put(there: Tensor, piece: Piece, what: str, bound: float) -> None:
+def _put(there: Tensor, piece: Piece, bound: float) -> Iterator[str]:
     """Write a piece, or compare it where another rank's copy is."""
     if there.shape != piece.shape:
-        raise Mismatch(f"{what} has shape {piece.shape}, elsewhere {tuple(there.shape)}")
-    if not piece.values.isfinite().all():
-        raise Mismatch(f"{what} is not finite")
+        yield f"has shape {piece.shape}, elsewhere {tuple(there.shape)}"
+        return
     at = torch.meshgrid(*piece.places, indexing="ij") if piece.places else ()
     held = there[at]
     known = ~held.isnan()
-    difference = (held - piece.values)[known].norm()
-    if difference > bound * max(float(held[known].norm()), 1e-6):
-        raise Mismatch(f"{what} differs from its copy by {difference:.3g} of {held[known].norm():.3g}")
+    difference, size = (held - piece.values)[known].norm(), held[known].norm()
+    if not difference <= bound * max(float(size), 1e-6):
+        yield f"differs from its copy by {difference:.3g} of {size:.3g}"
     there[at] = torch.where(known, held, piece.values)
 
 
 def differences(found: Facts, want: Facts, bounds: Bounds = EXACT) -> list[str]:
     """Where a run is out of bounds; empty if it computed the same."""
-    return [*_scalars(found, want, bounds.scalar), *_tensors(found, want, bounds)]
+    return [*found.torn, *_scalars(found, want, bounds.scalar), *_tensors(found, want, bounds)]
 
 
 def _scalars(found: Facts, want: Facts, bound: float) -> list[str]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def run(layout: Layout, folder: Path, aliases: dict[str, str], mutant: str = "", timeout: float = 120) -> Facts:
     """Train a layout on its ranks, with a defect planted if asked, and put together what they hold.
 
-    Raises RankError if a rank fails, Mismatch if the ranks' pieces do not fit together.
+    Raises RankError if a rank fails.
     """
     argv = [*layout.arguments(), f"--job.dump_folder={folder}"]
     told = run_ranks(layout.ranks, record, argv, meeting_point(), mutant, backend=None, timeout=timeout)

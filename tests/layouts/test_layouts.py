@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from components.runtime.errors import EspalierError
-from tests.layouts.facts import EXACT, LOW, Mismatch, differences
+from tests.layouts.facts import EXACT, LOW, differences
 from tests.layouts.layout import AXES, Layout
 from tests.layouts.matrix import MATRIX
 from tests.layouts.mutants import MUTANTS
@@ -28,11 +28,7 @@ def rows(refused: bool) -> list[Any]:
 def compare(layout: Layout, folder: Path, mutant: str = "") -> list[str]:
     """How a run of the layout differs from its reference."""
     want, aliases = reference(layout.reference())
-    try:
-        found = run(layout, folder, aliases, mutant)
-    except Mismatch as error:
-        return [str(error)]
-    return differences(found, want, LOW if layout.low else EXACT)
+    return differences(run(layout, folder, aliases, mutant), want, LOW if layout.low else EXACT)
 
 
 @pytest.mark.parametrize("layout", rows(refused=False))
