@@ -18,7 +18,7 @@ def equal(a: Computed, b: Computed) -> None:
         assert torch.equal(value, b.values[name]), name
 
 
-@pytest.mark.parametrize("flavor", ["deep", "deep_tied"])
+@pytest.mark.parametrize("flavor", [pytest.param("deep", marks=pytest.mark.slow), "deep_tied"])
 def test_checkpoints_move_between_layouts(flavor: str, tmp_path: Path) -> None:
     model = f"--model.flavor={flavor}"
     saved = run(2, tmp_path, {"loop": (model, f"{PP}=2", *SAVE), "v": (model, f"{PP}=2", V, *SAVE)})

@@ -97,6 +97,7 @@ def test_tied_embeddings(reference: dict[str, Computed], tmp_path: Path) -> None
         same(found, reference["tied"])
 
 
+@pytest.mark.slow
 def test_more_ranks_and_data_parallelism(reference: dict[str, Computed], tmp_path: Path) -> None:
     for name, found in run(4, tmp_path, FOUR).items():
         print(name)
