@@ -76,7 +76,8 @@ class _ShardedCrossEntropy(torch.autograd.Function):
         x = logits.float()
         peak = largest(x.amax(dim=-1), shard.axis)
         index = labels - shard.start
-        inside = (index >= 0) & (index < shard.size)  # IGNORE is negative: inside nowhere
+        # IGNORE is negative: inside nowhere. Sizes that are symbolic subtract, but do not compare with tensors.
+        inside = (index >= 0) & (index - shard.size < 0)
         index = torch.where(inside, index, 0)
         mine = torch.where(inside, x.gather(-1, index[:, None])[:, 0] - peak, 0.0)
         total, target = all_reduce(torch.stack(((x - peak[:, None]).exp().sum(dim=-1), mine)), shard.axis)

@@ -12,7 +12,7 @@ summands. Who mixes the two up gets a right loss and a wrong gradient.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -100,7 +100,8 @@ def piece(x: Tensor, dim: int, axis: Axis | None) -> Tensor:
     if axis is None:
         return x
     length = x.shape[dim] // axis.size
-    return x.narrow(dim, axis.rank * length, length)
+    # Not a slice: a symbolic rank can be added to a tensor, but not slice one that all ranks have alike.
+    return x.index_select(dim, torch.arange(length, device=x.device) + axis.rank * length)
 
 
 def sizes_of(total: int, parts: int) -> list[int]:
@@ -179,14 +180,14 @@ class _Join(torch.autograd.Function):
         ctx.dim, ctx.axis, ctx.sizes, ctx.own = dim, axis, sizes, x.shape[dim]
         shape = list(x.shape)
         shape[dim] = max(sizes) - x.shape[dim]
-        padded = torch.cat((x, x.new_zeros(shape)), dim=dim) if shape[dim] else x
+        padded = torch.cat((x, x.new_zeros(shape)), dim=dim) if min(sizes) < max(sizes) else x
         pieces = torch.chunk(_all_gather(padded, dim, axis), axis.size, dim=dim)
         return torch.cat([p.narrow(dim, 0, size) for p, size in zip(pieces, sizes, strict=True)], dim=dim)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # pyrefly: ignore[bad-override]
         start = ctx.axis.rank * max(ctx.sizes)  # only the last piece that is not empty may be shorter
-        start = min(start, grad.shape[ctx.dim])
+        start = cast(int, torch.sym_min(start, grad.shape[ctx.dim]))  # typed as a float
         return grad.narrow(ctx.dim, start, ctx.own), None, None, None
 
 

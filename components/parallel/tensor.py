@@ -280,7 +280,7 @@ def _embedding(module: nn.Module, axis: Axis, span: _Span, tokens: Tensor) -> Te
     """Each rank looks up the tokens of its vocabulary; the others are 0 there. # (rows, seq) → (rows, seq / tp, dim)"""
     weight = span.take(module, "weight", 0, axis)
     index = tokens - span.start
-    inside = (index >= 0) & (index < weight.shape[0])
+    inside = (index >= 0) & (index - weight.shape[0] < 0)  # symbolic sizes subtract, but do not compare with tensors
     if span.shared:  # some ranks have no entry to point other ranks' tokens at
         weight = F.pad(weight, (0, 0, 0, 1))
     out = F.embedding(torch.where(inside, index, 0), weight)
