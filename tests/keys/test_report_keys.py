@@ -97,7 +97,7 @@ def test_custom_import(tmp_path: Path) -> None:
     unknown = run_jobs(tmp_path, {"unknown": ("--experimental.custom_import=",)})["unknown"].outcome
     assert unknown.code == 2
     assert unknown.stderr == (
-        "error: --model.name=tiny_llama: no such model family; allowed: llama3 (did you mean 'llama3'?)\n"
+        "error: --model.name=tiny_llama: no such model family; allowed: llama3, qwen3 (did you mean 'llama3'?)\n"
     )
 
 

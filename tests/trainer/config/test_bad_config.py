@@ -155,7 +155,7 @@ FILES: dict[str, tuple[str, ...]] = {
     ),
     "no such family": (
         "[model]\nname = 'llama'\n",
-        "a.toml:2: model.name = 'llama': no such model family; allowed: llama3 (did you mean 'llama3'?)",
+        "a.toml:2: model.name = 'llama': no such model family; allowed: llama3, qwen3 (did you mean 'llama3'?)",
     ),
     "no such flavor": (
         "[model]\nflavor = '7B'\n",
