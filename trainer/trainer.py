@@ -80,7 +80,8 @@ class Trainer:
         self.pipeline = build_pipeline(stages, self.job, self.dims, self.device, self.dtype, self.loss_fn)
         self.optimizers = self.spec.build_optimizers_fn(self.models, self.job, self.device)
         self.schedule = self.spec.build_lr_schedulers_fn(self.optimizers, self.job)
-        self.early = EarlyStep(self.optimizers) if job.optimizer.early_step_in_backward else None
+        late = self.pipeline.tied.held if self.pipeline else []
+        self.early = EarlyStep(self.optimizers, late) if job.optimizer.early_step_in_backward else None
         # where it stands
         tied = self.pipeline.tied.pairs if self.pipeline else []
         self.parts = Parts(self.models, self.optimizers, self.loader, tied)
@@ -205,10 +206,11 @@ class Trainer:
 
     def global_norm(self) -> Tensor:
         """The norm of the gradients of the whole model, 0-d."""
+        group, copies = self.dims.group("pp"), self.pipeline.tied.copies if self.pipeline else set()
         if self.early:
-            return self.early.finish().to(self.device)
-        counted = self.pipeline.tied.counted(self.parameters) if self.pipeline else self.parameters
-        return gradient_norm(counted, self.dims.group("pp")).to(self.device)  # of offloaded ones it is on the host
+            return self.early.finish(group, copies).to(self.device)
+        counted = [parameter for parameter in self.parameters if parameter not in copies]
+        return gradient_norm(counted, group).to(self.device)  # of offloaded ones it is on the host
 
     def accumulate(self, batch: Batch) -> tuple[RowLoss, Tensor]:
         """Gradients of this rank's rows, and the rows' losses; the divisor is the valid labels of the global batch."""

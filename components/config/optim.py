@@ -39,8 +39,8 @@ class Optimizer:
     """Kernel of the step. `auto` takes fused where the device has it, else foreach (TorchTitan's default is fused)."""
     early_step_in_backward: bool = False
     """Step each parameter in backward, as soon as its gradient is complete, and free that: never more than one FSDP
-    unit's gradients at a time. Needs `training.max_norm = inf`, since nothing can be clipped, and no pipeline. A step
-    that is not finite has moved weights by the time it stops the run: go back to a checkpoint then."""
+    unit's gradients at a time. Needs `training.max_norm = inf`, since nothing can be clipped. A step that is
+    not finite has moved weights by the time it stops the run: go back to a checkpoint then."""
     parameter_groups: list[ParameterGroup] = field(default_factory=list)
     """Exceptions by name. No decay on norms and biases: `parameter_groups = [{ pattern = 'norm|bias', weight_decay =
     0.0 }]`."""

@@ -7,6 +7,8 @@ are freed one by one. One optimizer per parameter, as TorchTitan has it, was rej
 name in one place.
 """
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -21,24 +23,27 @@ class EarlyStep:
     FSDP2 calls these hooks for its shards too, once it has reduced them.
     """
 
-    def __init__(self, optimizers: Optimizers) -> None:
+    def __init__(self, optimizers: Optimizers, late: Collection[nn.Parameter] = ()) -> None:
+        """`late` are left to `finish`: parameters whose gradients are not complete when this rank's backward ends."""
         self._optimizers, self._squares, self._armed = optimizers, Squares(), False
+        self._late = set(late)
         self._stepped: set[nn.Parameter] = set()
         for parameter in optimizers.parameters:
-            parameter.register_post_accumulate_grad_hook(self._gradient_is_there)
+            if parameter not in self._late:
+                parameter.register_post_accumulate_grad_hook(self._gradient_is_there)
 
     def arm(self, last: bool) -> None:
         """Before each microbatch's backward: `last` of the step, so that gradients are complete after it?"""
         self._armed = last
 
-    def finish(self, group: ProcessGroup | None = None) -> Tensor:
+    def finish(self, group: ProcessGroup | None = None, uncounted: Collection[nn.Parameter] = ()) -> Tensor:
         """After the last backward: step what it did not reach, such as experts without tokens, and give the norm.
 
-        As `gradient_norm`; collective.
+        As `gradient_norm`; collective. `uncounted` are second copies of a parameter, which the norm leaves out.
         """
         for parameter in self._optimizers.parameters:
             if parameter.grad is not None:
-                self._step(parameter)
+                self._step(parameter, counted=parameter not in uncounted)
         norm = self._squares.norm(group)
         self._armed, self._squares, self._stepped = False, Squares(), set()
         return norm
@@ -48,11 +53,12 @@ class EarlyStep:
             self._step(parameter)
 
     @torch.no_grad()
-    def _step(self, parameter: nn.Parameter) -> None:
+    def _step(self, parameter: nn.Parameter, counted: bool = True) -> None:
         if parameter in self._stepped:
             raise RuntimeError("a parameter's gradient came in two parts: it cannot be stepped in backward")
         if parameter.grad is not None:
-            self._squares.add([parameter.grad])
+            if counted:
+                self._squares.add([parameter.grad])
             self._optimizers.step_one(parameter)
             parameter.grad = None
             self._stepped.add(parameter)

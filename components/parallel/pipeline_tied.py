@@ -28,10 +28,15 @@ class TiedParameters:
             for tie in stages[0].ties
         ]
 
-    def counted(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
-        """Those whose gradients the norm counts: over all stages, each parameter of the model once."""
-        copies = {last for _, (_, last) in self._held if last is not None}
-        return [parameter for parameter in parameters if parameter not in copies]
+    @property
+    def held(self) -> list[nn.Parameter]:
+        """All of them that this rank has."""
+        return [parameter for _, pair in self._held for parameter in pair if parameter is not None]
+
+    @property
+    def copies(self) -> set[nn.Parameter]:
+        """Those that a norm over all stages leaves out, so that each parameter of the model counts once."""
+        return {last for _, (_, last) in self._held if last is not None}
 
     @property
     def pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:

@@ -10,6 +10,7 @@ heartbeats, which cost traffic all the time and say only that a rank lives; and 
 NCCL's failures do not reach Python: its watchdog ends the process, names the collective and writes the same recordings.
 """
 
+import io
 import json
 import pickle
 import sys
@@ -254,13 +255,20 @@ def _title(name: str) -> str:
     return name
 
 
+class _Plain(pickle.Unpickler):
+    """Reads containers, texts and numbers: torch's recording in full, of which its JSON form lacks the stacks."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"a recording holds no {module}.{name}")
+
+
 def _write_recording(path: Path) -> None:
     """torch's own format, for its analyzer (`torchfrtrace`); nothing if nothing is recorded."""
     dump = getattr(torch._C._distributed_c10d, "_dump_fr_trace", None)
     if dump is None or not _in_order():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    recording = pickle.loads(dump())
+    recording = _Plain(io.BytesIO(dump())).load()
     recording["pg_config"] = {  # gloo leaves it empty, and the analyzer needs it
         name: {"name": name, "desc": _title(name), "ranks": str(ranks)} for name, ranks in _groups().items()
     }

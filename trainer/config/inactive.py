@@ -30,7 +30,7 @@ def _without(converter: str) -> Inactive:
 
 
 def _has_no_experts(job: JobConfig) -> bool:
-    """False where only code that is not imported knows it. A family with experts has `n_experts` among its arguments."""
+    """False where only code that is not imported knows it. A family with experts has `n_experts` in its arguments."""
     args, _ = find_model(job)
     return args is not None and not getattr(args, "n_experts", 0)
 

@@ -152,7 +152,7 @@ def _streams(job: JobConfig, degrees: Degrees) -> Problems:
 
 
 def _sequence(job: JobConfig, degrees: Degrees) -> Problems:
-    # Context parallelism deals each rank one chunk of a row or, from head and tail, two; a chunk is cut by tensor ranks.
+    # Context parallelism deals each rank one chunk of a row or, from head and tail, two; tensor ranks cut a chunk.
     chunks = 2 if degrees.cp > 1 and job.parallelism.context_parallel_load_balancer == "headtail" else 1
     unit = degrees.tp * degrees.cp * chunks
     lengths = {"training.seq_len": job.training.seq_len}
@@ -169,7 +169,7 @@ def _sequence(job: JobConfig, degrees: Degrees) -> Problems:
 def _fake_rank(job: JobConfig, degrees: Degrees) -> Problems:
     rank = job.comm.fake_rank
     if job.comm.mode == "fake_backend" and rank >= degrees.world:
-        yield f"comm.fake_rank = {rank}: there are {degrees.world} ranks, counted from 0; take one below {degrees.world}"
+        yield f"comm.fake_rank = {rank}: there are {degrees.world} ranks, counted from 0; take a lower one"
 
 
 def _offload(job: JobConfig, degrees: Degrees) -> Problems:
@@ -304,11 +304,6 @@ def _early_step(job: JobConfig) -> Problems:
         yield (
             f"{key} weights move before a step is known not to be finite, so that none can be skipped; set"
             ' training.on_nonfinite to "stop", or this to false'
-        )
-    if (degree := job.parallelism.pipeline_parallel_degree) > 1:
-        yield (
-            f"{key} in a pipeline its schedule decides which backward completes a gradient; set"
-            f" parallelism.pipeline_parallel_degree = {degree} to 1, or this to false"
         )
     if job.debug.compare_ranks:
         yield f"{key} no gradient is left for debug.compare_ranks = {job.debug.compare_ranks}; set that to 0"
