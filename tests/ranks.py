@@ -44,6 +44,7 @@ PRELOADED = (
     "components.data.build",
     "components.loss.cross_entropy",
     "components.metrics.sinks",
+    "components.parallel.pipeline_run",
     "components.optim.optimizers",
     "models.llama3.spec",
     "models.qwen3.spec",

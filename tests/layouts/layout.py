@@ -27,7 +27,6 @@ CHOICES = {
     "parts": "parallelism.module_fqns_per_model_part",
     "first_less": "parallelism.pipeline_parallel_first_stage_less_layers",
     "last_less": "parallelism.pipeline_parallel_last_stage_less_layers",
-    "reshard": "parallelism.fsdp_reshard_after_forward",
     "csv": "parallelism.pipeline_parallel_schedule_csv",
 }
 """What else a layout may say, and the keys of it."""

@@ -142,9 +142,10 @@ PIPELINE = (
     fast("llama/tied", "fsdp=2 pp=2", "by-op bf16"),
     fast("llama/tied", "tp=2 pp=2", "accumulate recompute always"),
     fast("llama/tied", "cp=2 pp=2", "selective chunked never"),
-    slow("llama/untied", "pp=2 micro=2", "accumulate"),
+    slow("llama/untied", "pp=2 micro=2"),
     slow("llama/tied", "pp=2 layers=1 schedule=Interleaved1F1B", "accumulate by-op"),
     slow("llama/tied", "pp=2 first_less=0 last_less=2"),
+    slow("llama/tied", 'pp=2 parts=[["tok_embeddings","layers.0"],["layers.1","layers.2","layers.3","norm","output"]]'),
     slow("llama/tied", "fsdp=2 pp=2 schedule=ZBVZeroBubble", "always offload"),
     slow("llama/tied", "fsdp=2 pp=2 schedule=DualPipeV", "recompute chunked"),
     slow("llama/tied", "fsdp=2 pp=2 schedule=Interleaved1F1B", "bf16"),
@@ -236,7 +237,7 @@ MANY = (
     slow("llama/tied", "fsdp=2 tp=2 cp=2 pp=2"),
     slow("llama/tied", "ddp=2 fsdp=2 tp=2 pp=2 schedule=Interleaved1F1B"),
     slow("qwen/moe", "fsdp=2 tp=2 cp=2 pp=2 ep=4"),
-    slow("qwen/moe", "ddp=2 fsdp=2 cp=2 pp=2 ep=2", "accumulate"),
+    slow("qwen/moe", "ddp=2 fsdp=2 cp=2 pp=2 ep=2"),
 )
 """Three axes and more, on 8 and 16 ranks."""
 

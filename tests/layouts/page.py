@@ -63,7 +63,8 @@ def _legend() -> Iterator[str]:
         yield f"| `{name}` | `{key}` |"
     yield "\n| modifier | what is set |\n|---|---|"
     for name, arguments in MODIFIERS.items():
-        yield f"| `{name}` | `{' '.join(argument.removeprefix('--') for argument in arguments)}` |"
+        settings = " ".join(f"`{argument.removeprefix('--')}`" for argument in arguments)
+        yield f"| `{name}` | {settings or 'half as many rows at a time (`training.local_batch_size`)'} |"
     yield ""
 
 
