@@ -46,6 +46,8 @@ OUR_SECTIONS = ("data", "loss", "moe")
 """Sections that v0.2.2 does not have."""
 
 OUR_KEYS = (
+    "comm.fake_rank",
+    "debug.compare_ranks",
     "metrics.peak_tflops",
     "optimizer.parameter_groups",
     "training.on_nonfinite",

@@ -16,10 +16,14 @@ from trainer.config.titan import DIFFERENT_DEFAULTS, OUR_KEYS, OUR_SECTIONS
 
 SCHEMA = schema_of(JobConfig)
 
-STRICTER = {"compile.components": "list[model | loss]"}
+STRICTER = {
+    "compile.components": {"list[model | loss]"},
+    "parallelism.context_parallel_load_balancer": {"none", "headtail", ""},
+}
 """Keys whose type says what v0.2.2 only documents."""
 
 WIDER = {
+    "parallelism.context_parallel_rotate_method": {"ulysses"},
     "optimizer.implementation": {"auto"},
     "lr_scheduler.decay_type": {"inverse_sqrt"},
     "training.mixed_precision_param": {"auto"},
@@ -77,8 +81,8 @@ def test_the_table_is_whole() -> None:
 @pytest.mark.parametrize("key", KEYS, ids=lambda key: key.name)
 def test_type(key: TitanKey) -> None:
     ours = SCHEMA.keys[tuple(key.name.split("."))]
-    wanted = {STRICTER[key.name]} if key.name in STRICTER else kinds(key.type) | WIDER.get(key.name, set())
-    assert kinds(ours.type) == wanted
+    wanted = kinds(key.type) | WIDER.get(key.name, set())
+    assert kinds(ours.type) == STRICTER.get(key.name, wanted)
 
 
 def test_defaults() -> None:
