@@ -91,13 +91,13 @@ def norms_not_summed(patch: Patch) -> None:
 
 def heads_not_summed(patch: Patch) -> None:
     """Key-value heads that several ranks hold keep each rank's gradient."""
-    from components.parallel import tensor
+    from components.parallel import shares
 
     def take(self: Any, module: Any, leaf: str, dim: int, axis: Any) -> Any:
-        found = tensor.local(module, leaf)
+        found = shares.local(module, leaf)
         return found if found is None or not self.shared else found.narrow(dim, self.start, self.size)
 
-    patch(tensor._Span, "take", take)
+    patch(shares.Span, "take", take)
 
 
 def context_averaged(patch: Patch) -> None:
