@@ -7,6 +7,20 @@ from typing import Literal
 from components.config.types import Fraction
 
 
+SAVED_OPS = (
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_fused_attention_overrideable",
+    "flex_attention",
+    "_c10d_functional::reduce_scatter_tensor",
+    "_c10d_functional::all_to_all_single",
+    "aten::max",
+)
+"""The default of `activation_checkpoint.saved_ops`."""
+
+
 @dataclass(frozen=True)
 class ActivationCheckpoint:
     """`[activation_checkpoint]`: recompute activations in backward instead of keeping them."""
@@ -19,6 +33,9 @@ class ActivationCheckpoint:
     ones."""
     per_op_sac_force_recompute_mm_shapes_by_fqns: list[str] = field(default_factory=lambda: ["moe.router.gate"])
     """For `op`: matmuls with the weight shape of these modules are recomputed in any case."""
+    saved_ops: list[str] = field(default_factory=lambda: list(SAVED_OPS))
+    """For `op`: operations whose results are kept besides those of every second matmul, as torch names them. By
+    default attention, communication that would have to be repeated, and the maxima that float8 scales by."""
     early_stop: bool = False
     """Stop a recomputation once the last tensor that is needed is there."""
     memory_budget: Fraction = 0.5

@@ -17,26 +17,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from components.config.compute import ActivationCheckpoint
 from components.mesh.plan import Plan
 from components.parallel.modules import find
 from components.runtime.errors import ConfigError
-
-SAVED_OPS = (
-    "aten::_scaled_dot_product_flash_attention",
-    "aten::_scaled_dot_product_flash_attention_for_cpu",
-    "aten::_scaled_dot_product_efficient_attention",
-    "aten::_scaled_dot_product_cudnn_attention",
-    "aten::_scaled_dot_product_fused_attention_overrideable",
-    "flex_attention",
-    "_c10d_functional::reduce_scatter_tensor",
-    "_c10d_functional::all_to_all_single",
-    "aten::max",  # the amax of float8 scaling: one number, but a pass over the tensor
-)
-"""Operations whose results `op` always keeps: attention, and communication that would have to be repeated."""
 
 MATMULS = {"aten::mm": 1, "aten::addmm": 2, "aten::_grouped_mm": 1}
 """Matrix products, of which `op` keeps the first, third, …; and which of their arguments is the weight, transposed."""
@@ -117,27 +106,40 @@ def _contexts(model: nn.Module, config: ActivationCheckpoint) -> Callable[[], An
             "activation_checkpoint.debug = true cannot go with selective_ac_option = 'op': "
             "set debug to false, or selective_ac_option to an integer"
         )
+    _require_ops(config.saved_ops)
+    kept = frozenset(config.saved_ops)
     cheap = _weight_shapes(model, config.per_op_sac_force_recompute_mm_shapes_by_fqns)
 
     def contexts() -> Any:
-        return create_selective_checkpoint_contexts(_policy(cheap))
+        return create_selective_checkpoint_contexts(_policy(kept, cheap))
 
     return contexts
 
 
-def _policy(cheap: frozenset[tuple[int, ...]]) -> Callable[..., CheckpointPolicy]:
+def _policy(kept: frozenset[str], cheap: frozenset[tuple[int, ...]]) -> Callable[..., CheckpointPolicy]:
     """Decides for each operation of one call of a block; it counts matmuls, apart for forward and recomputation."""
     matmuls = {False: 0, True: 0}
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         name = op.name()
-        keep = name in SAVED_OPS
+        keep = name in kept
         if name in MATMULS and tuple(args[MATMULS[name]].shape) not in cheap:
             matmuls[context.is_recompute] += 1
             keep = matmuls[context.is_recompute] % 2 == 1
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
     return policy
+
+
+def _require_ops(names: list[str]) -> None:
+    """Raise ConfigError for names that no operation of torch has; without a namespace it is a higher-order one's."""
+    for name in names:
+        namespace, _, leaf = name.rpartition("::")
+        if not leaf or not hasattr(getattr(torch.ops, namespace or "higher_order"), leaf):
+            raise ConfigError(
+                f"activation_checkpoint.saved_ops: torch has no operation {name!r}; name one as namespace::name, such as"
+                " aten::mm"
+            )
 
 
 def _weight_shapes(model: nn.Module, names: list[str]) -> frozenset[tuple[int, ...]]:
@@ -149,5 +151,6 @@ def _weight_shapes(model: nn.Module, names: list[str]) -> frozenset[tuple[int, .
                 f"activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns: {name} is a "
                 f"{type(module).__name__}, but only linear layers have a matmul to recompute: name one of those"
             )
-    weights = [module.weight for module in found.values() if isinstance(module, nn.Linear)]
+    linears = [module.weight for module in found.values() if isinstance(module, nn.Linear)]
+    weights = [w.to_local() if isinstance(w, DTensor) else w for w in linears]  # what this rank multiplies with
     return frozenset(tuple(reversed(weight.shape)) for weight in weights)

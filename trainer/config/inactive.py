@@ -108,7 +108,7 @@ INACTIVE = (
     ),
     Inactive(("activation_checkpoint.selective_ac_option",), _mode_is_not("selective"), "mode is not selective"),
     Inactive(
-        ("activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns",),
+        ("activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns", "activation_checkpoint.saved_ops"),
         lambda job: not _by_op(job),
         'it is for mode = "selective" with selective_ac_option = "op"',
     ),

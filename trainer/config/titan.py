@@ -46,6 +46,7 @@ OUR_SECTIONS = ("data", "loss", "moe")
 """Sections that v0.2.2 does not have."""
 
 OUR_KEYS = (
+    "activation_checkpoint.saved_ops",
     "comm.fake_rank",
     "debug.compare_ranks",
     "metrics.peak_tflops",

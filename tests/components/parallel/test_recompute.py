@@ -66,13 +66,15 @@ def _recording(forward: Any, calls: list[str], name: str) -> Any:
         (ActivationCheckpoint(mode="selective", selective_ac_option="3"), 51 + 4, 5, "2"),
         (BY_OP, 51 + 8, 4, "3210"),
         (replace(BY_OP, per_op_sac_force_recompute_mm_shapes_by_fqns=["wqkv", "wo"]), 51 + 12, 4, "3210"),
+        (replace(BY_OP, saved_ops=["aten::silu"]), 51 + 8, 8, "3210"),
     ],
-    ids=["none", "full", "second", "third", "op", "op-forced"],
+    ids=["none", "full", "second", "third", "op", "op-forced", "op-saved"],
 )
 @pytest.mark.shows(
     "activation_checkpoint.mode",
     "activation_checkpoint.selective_ac_option",
     "activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns",
+    "activation_checkpoint.saved_ops",
 )
 def test_what_is_recomputed(config: ActivationCheckpoint, matmuls: int, attentions: int, again: str) -> None:
     expected, _, _ = _run(NONE)
@@ -128,6 +130,11 @@ def test_settings_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
             replace(BY_OP, per_op_sac_force_recompute_mm_shapes_by_fqns=["layers.0.gate"]),
             "activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns: layers.0.gate is a Gate, but only "
             "linear layers have a matmul to recompute: name one of those",
+        ),
+        (
+            replace(BY_OP, saved_ops=["aten::mm", "aten::multiply_twice"]),
+            "activation_checkpoint.saved_ops: torch has no operation 'aten::multiply_twice'; name one as"
+            " namespace::name, such as aten::mm",
         ),
     ],
 )
