@@ -163,15 +163,6 @@ PIPELINE = (
         " parallelism.pipeline_parallel_last_stage_less_layers = 1 a stage has room for (4 + 1 + 1) // 8 = 0, but needs"
         " 1; take fewer ranks or stages, or lower the two",
     ),
-    refused(
-        "llama/tied",
-        "pp=2",
-        "early",
-        "--optimizer.early_step_in_backward: weights move before the norm of all gradients is known, so that nothing"
-        " can be clipped to training.max_norm = 0.1; set that to inf, or this to false\n"
-        "--optimizer.early_step_in_backward: in a pipeline its schedule decides which backward completes a gradient;"
-        " set parallelism.pipeline_parallel_degree = 2 to 1, or this to false",
-    ),
 )
 """Pipeline parallelism: every schedule, and cuts."""
 
