@@ -119,12 +119,14 @@ def build_default_dataloader(
 
 def build_default_loss(job: JobConfig) -> LossFn:
     """The loss of `[loss]`; what it takes of each token's logits is compiled where `[compile]` says so."""
-    from components.loss.cross_entropy import ChunkedCrossEntropy, CrossEntropy, build_loss
+    from components.loss.cross_entropy import ChunkedCrossEntropy, CrossEntropy, Judge, build_loss
     from components.parallel.compile import compile_loss
 
     loss = build_loss(job.loss)
     if isinstance(loss, CrossEntropy | ChunkedCrossEntropy):
-        return replace(loss, token_losses=compile_loss(loss.token_losses, job.compile))
+        judge = loss.judge
+        of_shards = judge.shard_losses and compile_loss(judge.shard_losses, job.compile)
+        return replace(loss, judge=Judge(compile_loss(judge.token_losses, job.compile), of_shards))
     return compile_loss(loss, job.compile)
 
 

@@ -6,7 +6,6 @@ from typing import Literal
 
 from components.config.types import Fraction
 
-
 SAVED_OPS = (
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu",

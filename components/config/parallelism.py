@@ -50,7 +50,7 @@ class Parallelism:
     costs the same everywhere; empty or none gives each one piece, so that the last rank has twice the average work."""
     context_parallel_rotate_method: Literal["allgather", "alltoall", "ulysses"] = "allgather"
     """How queries meet keys. allgather: each rank gathers the keys and values of whole rows in each block; one
-    transfer, which compute waits for. alltoall: a ring, in which they pass from rank to rank while attention is computed; least
+    transfer, which compute waits for. alltoall: a ring, in which they pass from rank to rank beside the compute; least
     memory, more and smaller transfers. ulysses: ranks trade tokens for heads and attend to whole rows; least traffic on
     many ranks, which must divide the heads, and with `data.document_mask` a mask of seq_len² bytes a row."""
     expert_parallel_degree: PositiveInt = 1

@@ -48,17 +48,22 @@ def build_loss(config: Loss) -> LossFn:
     return losses.lookup(config.name)(config)
 
 
-TokenLosses = Callable[[Tensor, Tensor, VocabularyShard | None], Tensor]
-"""Logits (tokens, vocab) or a shard of them, labels (tokens,) → losses (tokens,)."""
+TokenLosses = Callable[[Tensor, Tensor], Tensor]
+"""Logits (tokens, vocab), labels (tokens,) → losses (tokens,)."""
+ShardLosses = Callable[[Tensor, Tensor, VocabularyShard], Tensor]
+"""This rank's logits (tokens, its vocabulary), labels (tokens,), what they are a shard of → losses (tokens,)."""
 
 
-def token_losses(logits: Tensor, labels: Tensor, shard: VocabularyShard | None = None) -> Tensor:
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of each token in fp32; exactly 0, with gradient 0, where the label is IGNORE.
 
-    `logits` (tokens, vocab), or with `shard` this rank's part of them, `labels` (tokens,) → (tokens,)
+    `logits` (tokens, vocab), `labels` (tokens,) → (tokens,)
     """
-    if shard is None:
-        return F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="none")
+    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="none")
+
+
+def shard_losses(logits: Tensor, labels: Tensor, shard: VocabularyShard) -> Tensor:
+    """The same from this rank's logits alone. # logits (tokens, shard.size), labels (tokens,) → (tokens,)"""
     if shard.some_empty:  # so that each rank has a largest logit
         logits = F.pad(logits, (0, 1), value=-torch.inf)
     return _ShardedCrossEntropy.apply(logits, labels, shard)
@@ -94,27 +99,39 @@ class _ShardedCrossEntropy(torch.autograd.Function):
         return (out * torch.where(valid, grad, 0.0)[:, None]).to(logits.dtype), None, None
 
 
-def project_and_judge(judge: TokenLosses, hidden: Tensor, labels: Tensor, project: Projection) -> Tensor:
-    """Losses of tokens from their hidden states, with no more of the logits on this rank than its head gives.
+@dataclass(frozen=True)
+class Judge:
+    """What is taken of each token's logits; the part that is worth compiling (`dataclasses.replace`)."""
 
-    `hidden` (tokens, dim), `labels` (tokens,) → (tokens,)
-    """
-    return judge(project.local(hidden), labels, project.shard)
+    token_losses: TokenLosses = token_losses
+    """Of all logits."""
+    shard_losses: ShardLosses | None = None
+    """The same, of a sharded vocabulary. None: there is no such way, so logits are gathered first."""
+
+    def __call__(self, hidden: Tensor, labels: Tensor, project: Projection) -> Tensor:
+        """Losses of tokens from their hidden states. # (tokens, dim), (tokens,) → (tokens,)"""
+        if project.shard is None or self.shard_losses is None:
+            return self.token_losses(project(hidden), labels)
+        return self.shard_losses(project.local(hidden), labels, project.shard)
+
+
+OURS = Judge(shard_losses=shard_losses)
+"""Cross-entropy, with no more of the logits on a rank than its head gives."""
 
 
 @dataclass(frozen=True)
 class CrossEntropy:
     """Projects all tokens at once."""
 
-    token_losses: TokenLosses = token_losses
-    """What is taken of each token's logits; the part that is worth compiling (`dataclasses.replace`)."""
+    judge: Judge = OURS
+    """What is taken of the logits."""
 
     def __call__(self, hidden: Tensor, head: nn.Module, batch: Batch) -> RowLoss:
         """See LossFn. `head(hidden, apply)` must call `apply(hidden, project)` inside its forward."""
         labels = batch.labels.flatten()
 
         def apply(hidden: Tensor, project: Projection) -> Tensor:
-            return project_and_judge(self.token_losses, hidden.flatten(0, 1), labels, project)
+            return self.judge(hidden.flatten(0, 1), labels, project)
 
         return _by_row(head(hidden, apply), batch.labels)
 
@@ -125,7 +142,7 @@ class ChunkedCrossEntropy:
 
     chunk_tokens: int
     """Tokens whose logits exist at one time."""
-    token_losses: TokenLosses = token_losses
+    judge: Judge = OURS
     """As in CrossEntropy."""
 
     def __call__(self, hidden: Tensor, head: nn.Module, batch: Batch) -> RowLoss:
@@ -140,7 +157,7 @@ class ChunkedCrossEntropy:
 
     def _piece(self, hidden: Tensor, labels: Tensor, project: Projection) -> Tensor:
         def of_piece(hidden: Tensor) -> Tensor:
-            return project_and_judge(self.token_losses, hidden, labels, project)
+            return self.judge(hidden, labels, project)
 
         if not torch.is_grad_enabled():
             return of_piece(hidden)

@@ -137,8 +137,8 @@ def _require_ops(names: list[str]) -> None:
         namespace, _, leaf = name.rpartition("::")
         if not leaf or not hasattr(getattr(torch.ops, namespace or "higher_order"), leaf):
             raise ConfigError(
-                f"activation_checkpoint.saved_ops: torch has no operation {name!r}; name one as namespace::name, such as"
-                " aten::mm"
+                f"activation_checkpoint.saved_ops: torch has no operation {name!r}; name one as namespace::name, such"
+                " as aten::mm"
             )
 
 

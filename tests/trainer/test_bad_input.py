@@ -26,7 +26,7 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "no such flavor": (
         ("--model.flavor=9B",),
-        "--model.flavor=9B: no such flavor of tiny_llama; allowed: tied, untied",
+        "--model.flavor=9B: no such flavor of tiny_llama; allowed: deep, deep_tied, tied, untied",
     ),
     "no such module": (
         ("--experimental.custom_import=no_such_module",),

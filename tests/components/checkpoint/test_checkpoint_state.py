@@ -34,7 +34,7 @@ def test_model_parts_are_one_model() -> None:
     parts = nn.ModuleDict({"0": nn.Linear(1, 1)}), nn.ModuleDict({"1": nn.Linear(1, 1)})
     assert list(model_tensors(parts)) == ["model.0.weight", "model.0.bias", "model.1.weight", "model.1.bias"]
     with pytest.raises(CheckpointError) as caught:
-        model_tensors([parts[0], parts[0]])
+        model_tensors([parts[0], nn.ModuleDict({"0": nn.Linear(1, 1)})])
     assert str(caught.value) == "model.0.weight is in two model parts: names must be those of the whole model"
 
 

@@ -11,7 +11,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from components.config.training import Loss
-from components.loss.cross_entropy import ChunkedCrossEntropy, CrossEntropy, LossFn, build_loss, losses, token_losses
+from components.loss.cross_entropy import (
+    ChunkedCrossEntropy,
+    CrossEntropy,
+    Judge,
+    LossFn,
+    build_loss,
+    losses,
+    shard_losses,
+    token_losses,
+)
 from components.loss.names import LOSSES
 from components.mesh.batch import IGNORE, Batch, RowLoss
 from components.mesh.collectives import Axis, sizes_of
@@ -174,7 +183,7 @@ def test_chunks_never_hold_the_logits_of_all_tokens() -> None:
 
 def test_part_to_compile_can_be_replaced() -> None:
     for loss in BOTH[:2]:
-        zero = dataclasses.replace(loss, token_losses=lambda logits, labels, shard: logits.sum(-1) * 0)
+        zero = dataclasses.replace(loss, judge=Judge(lambda logits, labels: logits.sum(-1) * 0))
         assert _run(zero)[0].sums.tolist() == [0.0] * ROWS
 
 
@@ -185,7 +194,7 @@ def _sharded(vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     axis = Axis(init_device_mesh("cpu", (ranks,)).get_group(), ranks, rank)
     shard = VocabularyShard(axis, vocab, sizes_of(vocab, ranks)[rank])
     mine = logits.to(dtype)[:, shard.start : shard.start + shard.size].requires_grad_()
-    values = token_losses(mine, labels, shard)
+    values = shard_losses(mine, labels, shard)
     (values * torch.arange(1.0, 9.0)).sum().backward()
     assert mine.grad is not None
     return values.detach(), mine.grad

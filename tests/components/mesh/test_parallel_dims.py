@@ -92,7 +92,8 @@ def test_dimensions_of_different_views() -> None:
     with pytest.raises(MeshError) as error:
         ParallelDims.build(Degrees(), "cpu").mesh("batch", "tp")
     assert str(error.value) == (
-        "no mesh has batch and tp: allowed together: batch, cp; loss; pp, dp_replicate, fsdp, tp; dp_replicate, efsdp, ep, etp"
+        "no mesh has batch and tp: allowed together: batch, cp; loss; pp, dp_replicate, fsdp, tp; dp_replicate, efsdp,"
+        " ep, etp"
     )
 
 
