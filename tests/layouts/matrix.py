@@ -37,6 +37,8 @@ DATA = (
     slow("llama/untied", "ddp=2 fsdp=2", "offload always"),
     slow("llama/untied", "ddp=2", "compile selective"),
     slow("llama/tied", "fsdp=2", "compile accumulate chunked causal"),
+    fast("llama/untied", "ddp=2", "offload"),
+    slow("llama/untied", "", "offload"),
     slow("llama/tied", "fsdp=8"),
     slow("llama/tied", "ddp=2 fsdp=4", "recompute chunked never"),
     slow("llama/tied", "ddp=4 fsdp=2", "bf16"),
@@ -46,13 +48,6 @@ DATA = (
         "early",
         "--optimizer.early_step_in_backward: weights move before the norm of all gradients is known, so that nothing"
         " can be clipped to training.max_norm = 0.1; set that to inf, or this to false",
-    ),
-    refused(
-        "llama/untied",
-        "ddp=2",
-        "offload",
-        "--training.enable_cpu_offload: needs sharded parameters, but they are shared by 1 rank; start more ranks with"
-        " parallelism.data_parallel_shard_degree = -1, or set it to false",
     ),
 )
 """Data parallelism: replicated (ddp), sharded (fsdp), both."""
@@ -70,6 +65,7 @@ TENSOR = (
     slow("llama/tied", "fsdp=2 tp=2", "accumulate always by-op"),
     slow("llama/untied", "fsdp=2 tp=2", "compile accumulate"),
     slow("llama/untied", "tp=2", "inductor"),
+    slow("llama/untied", "tp=2", "offload"),
     slow("llama/untied", "tp=2", "compile by-op bf16"),
     slow("llama/untied", "fsdp=2 tp=4", "recompute"),
     slow("llama/tied", "ddp=2 tp=4", "bf16"),
@@ -151,6 +147,7 @@ PIPELINE = (
     slow("llama/tied", "fsdp=2 pp=2 schedule=Interleaved1F1B", "bf16"),
     slow("llama/tied", "ddp=2 pp=2 schedule=InterleavedZeroBubble", "accumulate"),
     slow("llama/tied", "pp=2", "compile"),
+    slow("llama/tied", "pp=2", "offload"),
     slow("llama/deep", "pp=4 schedule=Interleaved1F1B"),
     slow("llama/deep", "pp=4 schedule=LoopedBFS", "causal"),
     slow("llama/deep", "pp=4 schedule=ZBVZeroBubble"),

@@ -172,14 +172,6 @@ def _fake_rank(job: JobConfig, degrees: Degrees) -> Problems:
         yield f"comm.fake_rank = {rank}: there are {degrees.world} ranks, counted from 0; take a lower one"
 
 
-def _offload(job: JobConfig, degrees: Degrees) -> Problems:
-    if job.training.enable_cpu_offload and degrees.fsdp == 1:
-        yield (
-            "training.enable_cpu_offload = true: needs sharded parameters, but they are shared by 1 rank; start more"
-            " ranks with parallelism.data_parallel_shard_degree = -1, or set it to false"
-        )
-
-
 def _pipeline(job: JobConfig, degrees: Degrees) -> Problems:
     yield from pipeline_problems(job.parallelism, job.training.local_batch_size)
 
@@ -338,7 +330,6 @@ LAYOUT_RULES: tuple[Callable[[JobConfig, Degrees], Problems], ...] = (
     _streams,
     _sequence,
     _fake_rank,
-    _offload,
     _pipeline,
 )
 """Rules on the job and its degrees, left out where the degrees do not fit the ranks."""

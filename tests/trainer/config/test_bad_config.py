@@ -268,11 +268,6 @@ ARGUMENTS = {
         ["--profiling.enable_profiling", "--profiling.profile_freq=3"],
         "--profiling.profile_freq=3: must be at least profiler_warmup + profiler_active = 3 + 1 = 4",
     ),
-    "offload of nothing": (
-        ["--training.enable_cpu_offload=true"],
-        "--training.enable_cpu_offload=true: needs sharded parameters, but they are shared by 1 rank; start more ranks"
-        " with parallelism.data_parallel_shard_degree = -1, or set it to false",
-    ),
     "TorchTitan's estimate": (
         ["--memory_estimation.enable=true"],
         "--memory_estimation.enable=true: not yet supported: the dry run takes its place: COMM_MODE=fake_backend"
