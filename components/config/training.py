@@ -43,7 +43,7 @@ class Training:
     steps: PositiveInt = 10000
     """Optimizer steps of the job."""
     enable_cpu_offload: bool = False
-    """Keep parameters, gradients and optimizer state in host memory (FSDP). Slower; needs data-parallel sharding."""
+    """Keep parameters, gradients and optimizer state in host memory (FSDP). Slower."""
     dtype: Dtype = "float32"
     """Type that parameters are stored and updated in. bfloat16 halves memory and loses small updates."""
     mixed_precision_param: Literal["auto", "bfloat16", "float32"] = "auto"

@@ -24,6 +24,9 @@ A key on the command line: --training.steps=10 or --training.steps 10; --compile
 --compile.enable=false; lists with commas or in brackets; none for a key that may be none. - and _ are the same.
 """
 
+WIDEST = 160
+"""Columns up to which a key and its default stay on one line, to copy from."""
+
 
 def help_text() -> str:
     """The whole text: bold headings on a terminal, plain on a pipe."""
@@ -42,6 +45,7 @@ def _entries(schema: Schema, table: type, keys: list[Key]) -> list[str]:
     docs = field_docs(table)
     lines: list[str] = []
     for key in keys:
-        lines.append(f"  --{key.name}={toml_literal(key.default)}  ({describe(key.type)})")
+        head = f"  --{key.name}={toml_literal(key.default)}  ({describe(key.type)})"
+        lines.extend([head] if len(head) <= WIDEST else textwrap.wrap(head, 116, subsequent_indent="    "))
         lines.extend(textwrap.wrap(docs[key.path[-1]], 116, initial_indent="      ", subsequent_indent="      "))
     return lines
