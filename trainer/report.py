@@ -66,11 +66,10 @@ def describe_job(trainer: Trainer, notes: list[str]) -> None:
     )
     accumulation = job.training.global_batch_size // (job.training.local_batch_size * degrees.batch)
     logger.info(
-        "layout: %d × %s, %d replicated × %d sharded; %d rows of %d tokens a step, %d × %d on each rank",
+        "layout: %d × %s, %s; %d rows of %d tokens a step, %d × %d on each rank",
         degrees.world,
         trainer.device.type,
-        degrees.dp_replicate,
-        degrees.dp_shard,
+        degrees,
         job.training.global_batch_size,
         job.training.seq_len,
         accumulation,

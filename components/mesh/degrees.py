@@ -5,6 +5,7 @@ The names are the mesh's: `batch` and `loss` speak of data, `fsdp` of dense para
 Expert parallelism adds no ranks: it deals the ranks of `fsdp` × `tp` anew.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from components.config.parallelism import Parallelism
@@ -54,6 +55,19 @@ class Degrees:
     def loss(self) -> int:
         """Ranks whose losses add up to the global batch's."""
         return self.batch * self.cp
+
+    def __str__(self) -> str:
+        """As logs show it: data parallelism always, other degrees above 1, and how the same ranks share experts."""
+        more = {"context": self.cp, "tensor": self.tp, "pipeline": self.pp}
+        dense = {"replicated": self.dp_replicate, "sharded": self.dp_shard}
+        text = _times(dense | {name: degree for name, degree in more.items() if degree > 1})
+        if self.ep * self.etp == 1:
+            return text
+        return f"{text}; experts {_times({'sharded': self.efsdp, 'expert': self.ep, 'expert tensor': self.etp})}"
+
+
+def _times(degrees: Mapping[str, int]) -> str:
+    return " × ".join(f"{degree} {name}" for name, degree in degrees.items())
 
 
 def resolve_degrees(parallelism: Parallelism, world_size: int) -> Degrees:

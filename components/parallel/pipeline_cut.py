@@ -9,6 +9,7 @@ on the machine. `module_fqns_per_model_part` says it all by hand.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from components.config.nearest import did_you_mean
 from components.config.parallelism import Parallelism
 from components.parallel.pipeline_schedules import CSV, NAME, find_schedule, stage_ranks
 from components.runtime.errors import ConfigError
@@ -118,7 +119,9 @@ def _require_shape(parallelism: Parallelism, count: int, key: str) -> None:
             raise ConfigError(f"{key}: makes {count} stages, but the schedule in {CSV} has {wanted}")
         return
     if count % pp:
-        raise ConfigError(f"{key}: makes {count} stages, which {pp} pipeline ranks cannot share evenly")
+        raise ConfigError(
+            f"{key}: makes {count} stages, which {pp} pipeline ranks cannot share evenly; make a multiple of {pp}"
+        )
     schedule, each = find_schedule(parallelism.pipeline_parallel_schedule), count // pp
     fits = {"single": each == 1, "loop": each >= 2, "v": each == 2}[schedule.shape]
     if not fits:
@@ -135,9 +138,10 @@ def _require_exact(parts: Sequence[Sequence[str]], modules: Modules) -> None:
     unknown = [name for name in listed if name not in names]
     missing = [name for name in names if name not in listed]
     twice = sorted({name for name in listed if listed.count(name) > 1})
-    problems = [
+    problems = [f"{PARTS}: {name} is no module of this model{did_you_mean(name, names)}" for name in unknown]
+    problems += [
         f"{PARTS}: {what}: {', '.join(found)}"
-        for what, found in (("no modules of this model", unknown), ("in no part", missing), ("in it twice", twice))
+        for what, found in (("in no part", missing), ("in it twice", twice))
         if found
     ]
     problems += [f"{PARTS}: part {n} is empty; give it a module" for n, part in enumerate(parts) if not part]

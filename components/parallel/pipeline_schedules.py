@@ -8,6 +8,7 @@ input, for the weights). It is played through here once, so that an order that w
 
 import csv
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,10 +168,9 @@ def _actions(cell: str, path: Path, line: int) -> Iterator[Action]:
 
 
 def _require_complete(rows: list[list[Action]], stages: int, microbatches: int, path: Path) -> None:
-    done = [action for row in rows for action in row]
-    if twice := next((action for action in done if done.count(action) > 1), None):
+    every = Counter(action for row in rows for action in row)
+    if twice := next((action for action, times in every.items() if times > 1), None):
         raise ConfigError(f'{CSV} = "{path}": {_shown(twice)} is there twice')
-    every = {*done}
     for stage in range(stages):
         for n in range(microbatches):
             kinds = "".join(kind for kind in "FBIW" if Action(stage, kind, n) in every)
@@ -220,31 +220,36 @@ def pipeline_problems(parallelism: Parallelism, local_batch_size: int) -> Iterat
     pp, size = parallelism.pipeline_parallel_degree, parallelism.pipeline_parallel_microbatch_size
     if pp == 1:
         return
-    if local_batch_size % size:
+    microbatches = None if local_batch_size % size else local_batch_size // size
+    if microbatches is None:
         yield (
             f"{SIZE} = {size}: must divide the training.local_batch_size = {local_batch_size} rows that the pipeline"
             f" takes at a time; take {max(n for n in range(1, size) if local_batch_size % n == 0)}"
         )
-        return
-    microbatches = local_batch_size // size
-    given = f"{microbatches} (training.local_batch_size {local_batch_size} // {SIZE} {size})"
     try:
-        if parallelism.pipeline_parallel_schedule_csv:
-            found = read_csv(Path(parallelism.pipeline_parallel_schedule_csv), pp)
-            if found.microbatches != microbatches:
-                yield (
-                    f'{CSV} = "{parallelism.pipeline_parallel_schedule_csv}": is written for {found.microbatches}'
-                    f" microbatches, but there are {given}"
-                )
-            return
-        schedule = find_schedule(parallelism.pipeline_parallel_schedule)
+        found = _file_or_schedule(parallelism)
     except ConfigError as error:
         yield from error.problems
         return
-    stages = pp * schedule.stages_per_rank
-    if wanted := schedule.fits(microbatches, stages, pp):
-        rows = _mended(schedule, microbatches, pp) * size
-        yield f'{NAME} = "{schedule.name}": {wanted}; there are {given}: set training.local_batch_size to {rows}'
+    if microbatches is None:
+        return
+    given = f"{microbatches} (training.local_batch_size {local_batch_size} // {SIZE} {size})"
+    if isinstance(found, FileSchedule):
+        if found.microbatches != microbatches:
+            yield (
+                f'{CSV} = "{parallelism.pipeline_parallel_schedule_csv}": is written for {found.microbatches}'
+                f" microbatches, but there are {given}"
+            )
+    elif wanted := found.fits(microbatches, pp * found.stages_per_rank, pp):
+        rows = _mended(found, microbatches, pp) * size
+        yield f'{NAME} = "{found.name}": {wanted}; there are {given}: set training.local_batch_size to {rows}'
+
+
+def _file_or_schedule(parallelism: Parallelism) -> FileSchedule | Schedule:
+    """What decides the order. Raises ConfigError for what cannot be used."""
+    if parallelism.pipeline_parallel_schedule_csv:
+        return read_csv(Path(parallelism.pipeline_parallel_schedule_csv), parallelism.pipeline_parallel_degree)
+    return find_schedule(parallelism.pipeline_parallel_schedule)
 
 
 def _mended(schedule: Schedule, microbatches: int, pp: int) -> int:

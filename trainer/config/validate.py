@@ -122,7 +122,7 @@ def _located(line: str, provenance: Mapping[str, str]) -> str:
     if where == DEFAULT:
         return line
     if where.startswith("--"):  # the argument says key and value already
-        line = re.sub(rf"^{re.escape(key)} = .*?: ", "", line)
+        line = re.sub(rf"^{re.escape(key)}( = .*?)?: ", "", line)
     return f"{where}: {line}"
 
 

@@ -30,6 +30,14 @@ def test_derived_degrees() -> None:
     assert (degrees.world, degrees.batch, degrees.fsdp, degrees.efsdp, degrees.loss) == (192, 8, 8, 4, 16)
 
 
+def test_as_text() -> None:
+    assert str(Degrees(dp_shard=2)) == "1 replicated × 2 sharded"
+    assert str(Degrees(cp=2, tp=4, pp=3)) == "1 replicated × 1 sharded × 2 context × 4 tensor × 3 pipeline"
+    assert str(Degrees(dp_replicate=2, dp_shard=4, tp=2, ep=2, etp=2)) == (
+        "2 replicated × 4 sharded × 2 tensor; experts 2 sharded × 2 expert × 2 expert tensor"
+    )
+
+
 @pytest.mark.parametrize(
     ("replicate", "tp", "world", "shard"), [(1, 1, 1, 1), (1, 1, 8, 8), (2, 1, 8, 4), (2, 2, 8, 2), (8, 1, 8, 1)]
 )

@@ -94,7 +94,7 @@ KEY = "parallelism.module_fqns_per_model_part"
         (
             [["tok_embeddings", "layers.0", "layers.0"], ["layers.2", "norm", "output"]],
             [
-                f"{KEY}: no modules of this model: layers.2",
+                f"{KEY}: layers.2 is no module of this model; did you mean layers.1?",
                 f"{KEY}: in no part: layers.1",
                 f"{KEY}: in it twice: layers.0",
             ],
@@ -111,7 +111,7 @@ KEY = "parallelism.module_fqns_per_model_part"
         ),
         (
             [["tok_embeddings"], ["layers.0", "layers.1"], ["norm", "output"]],
-            [f"{KEY} = 3 parts: makes 3 stages, which 2 pipeline ranks cannot share evenly"],
+            [f"{KEY} = 3 parts: makes 3 stages, which 2 pipeline ranks cannot share evenly; make a multiple of 2"],
         ),
     ],
 )
@@ -130,7 +130,8 @@ def test_parts_that_are_not_the_model_are_refused(parts: list[list[str]], lines:
         ),
         (
             {"pipeline_parallel_layers_per_stage": 2},
-            f"{PP}_layers_per_stage = 2: makes 3 stages, which 2 pipeline ranks cannot share evenly",
+            f"{PP}_layers_per_stage = 2: makes 3 stages, which 2 pipeline ranks cannot share evenly; make a multiple of"
+            " 2",
         ),
         (
             {"pipeline_parallel_layers_per_stage": 1},

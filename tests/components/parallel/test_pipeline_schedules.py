@@ -70,6 +70,13 @@ def test_what_does_not_fit_is_refused(rows: int, keys: dict[str, object], line: 
     assert problems(rows, **keys) == [line]
 
 
+def test_all_is_told_at_once() -> None:
+    assert problems(4, pipeline_parallel_schedule="GPipes", pipeline_parallel_microbatch_size=3) == [
+        f"{PP}_microbatch_size = 3: must divide the {ROWS} = 4 rows that the pipeline takes at a time; take 2",
+        f'{PP}_schedule = "GPipes": no such pipeline schedule; allowed: {ALLOWED}; did you mean GPipe?',
+    ]
+
+
 def test_what_fits_is_not() -> None:
     for name in SCHEDULES:
         assert problems(8, pipeline_parallel_schedule=name) == []

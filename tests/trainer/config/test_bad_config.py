@@ -315,6 +315,23 @@ LAYOUTS = {
          " 1 (pipeline) = 6 ranks, but there are 4: set `parallelism.data_parallel_shard_degree` to 2 (or to -1: all"
          " that are left), or start 6 ranks"],
     ),
+    "a pipeline, by hand": (
+        [
+            "--parallelism.pipeline_parallel_degree=2",
+            '--parallelism.module_fqns_per_model_part=[["tok_embedings"], ["norm"]]',
+            "--parallelism.pipeline_parallel_schedule=GPipes",
+            "--parallelism.pipeline_parallel_microbatch_size=3",
+        ],
+        2,
+        ["--parallelism.pipeline_parallel_microbatch_size=3: must divide the training.local_batch_size = 8 rows that"
+         " the pipeline takes at a time; take 2",
+         "--parallelism.pipeline_parallel_schedule=GPipes: no such pipeline schedule; allowed: GPipe, 1F1B, LoopedBFS,"
+         " Interleaved1F1B, InterleavedZeroBubble, ZBVZeroBubble, DualPipeV; did you mean GPipe?",
+         '--parallelism.module_fqns_per_model_part=[["tok_embedings"], ["norm"]]: tok_embedings is no module of this'
+         " model; did you mean tok_embeddings?",
+         '--parallelism.module_fqns_per_model_part=[["tok_embedings"], ["norm"]]: in no part: tok_embeddings, layers.0,'
+         " layers.1, layers.2, layers.3, layers.4, layers.5, output"],
+    ),
     "context parallelism": (
         ["--parallelism.context_parallel_degree=4", "--training.seq_len=30"],
         4,
