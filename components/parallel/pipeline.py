@@ -11,6 +11,7 @@ names too, so that both are initialized, optimized and saved by the same name (s
 
 import copy
 from dataclasses import dataclass
+from typing import Protocol, cast
 
 import torch
 from torch import nn
@@ -89,13 +90,26 @@ def _modules(model: nn.Module, plan: Plan, job: JobConfig) -> Modules:
     return Modules.expand(plan.order, layers)
 
 
+class Layer(Protocol):
+    """What is asked of the mixture-of-experts layers that the plan names."""
+
+    experts: nn.Module
+    """Their parameters are stacked, by expert."""
+    n_experts: int
+    k: int
+    """Experts of each token."""
+
+
 def _costs(model: nn.Module, plan: Plan, modules: Modules) -> dict[str, Cost]:
-    """FLOPs by the elements of matrices, two to a multiplication and addition; looking up an embedding costs none."""
+    """FLOPs by the elements of matrices that a token meets, two to a multiplication and addition; looking up an
+    embedding costs none."""
+    layers = [cast(Layer, module) for module in find(model, plan.experts).values()]
+    met = {id(p): layer.k / layer.n_experts for layer in layers for p in layer.experts.parameters()}
     costs: dict[str, Cost] = {}
     for name in modules.names:
-        sizes = [(parameter.ndim, parameter.numel()) for parameter in model.get_submodule(name).parameters()]
-        flops = 0 if name == plan.embedding else 2 * sum(size for ndim, size in sizes if ndim > 1)
-        costs[name] = (float(flops), sum(size for _, size in sizes))
+        parameters = [*model.get_submodule(name).parameters()]
+        flops = 2 * sum(p.numel() * met.get(id(p), 1.0) for p in parameters if p.ndim > 1)
+        costs[name] = (0.0 if name == plan.embedding else flops, sum(p.numel() for p in parameters))
     return costs
 
 

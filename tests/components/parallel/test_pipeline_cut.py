@@ -4,11 +4,19 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
+from components.config.job_config import JobConfig
 from components.config.parallelism import Parallelism
+from components.mesh.degrees import Degrees
+from components.mesh.parallel_dims import ParallelDims
+from components.parallel.pipeline import split
 from components.parallel.pipeline_cut import Modules, cut_modules, cut_problems
 from components.runtime.errors import ConfigError
 from models.llama3.args import FLAVORS, ORDER
+from models.qwen3.args import FLAVORS as QWEN3
+from models.qwen3.model import Qwen3
+from models.qwen3.parallelize import qwen3_plan
 
 PP = "parallelism.pipeline_parallel"
 
@@ -57,6 +65,15 @@ def test_layers_that_do_not_divide_go_where_there_is_least_to_compute() -> None:
     # Among those that compute as much, the ones that hold less.
     same = {f"layers.{i}": (0.0, 1) for i in range(32)} | {"tok_embeddings": (0.0, 100), "output": (0.0, 3)}
     assert [len(part) for part in cut(32, same, pipeline_parallel_degree=4)] == [1 + 7, 9, 9, 7 + 2]
+
+
+def test_of_experts_those_count_that_a_token_meets() -> None:
+    """With 8 of 128 experts a layer of Qwen3 30B-A3B costs 57 M multiplications, its head 311 M: 5 layers and more."""
+    with torch.device("meta"):
+        model = Qwen3(QWEN3["30B-A3B"])
+    job = JobConfig(parallelism=Parallelism(pipeline_parallel_degree=4))
+    stages = split(model, qwen3_plan(QWEN3["30B-A3B"]), ParallelDims(Degrees(), 0, {}), job)
+    assert [len(stage.module.get_submodule("layers")) for stage in stages] == [12, 13, 12, 11]  # type: ignore[arg-type]
 
 
 @pytest.mark.shows("parallelism.pipeline_parallel_layers_per_stage")
