@@ -47,3 +47,13 @@ def test_a_family_of_one_s_own_is_told_as_it_is() -> None:
     outline = blocks("python")[1]
     assert set(re.findall(r"^ {8}(\w+)=", outline, re.MULTILINE)) <= {field.name for field in fields(TrainSpec)}
     assert set(re.findall(r"(\w+)=\(?\"", outline)) <= {field.name for field in fields(Plan)}
+
+
+def test_the_plan_for_every_layout_is_llama_3_s() -> None:
+    from models.llama3.args import FLAVORS, ORDER
+    from models.llama3.parallelize import llama3_plan
+
+    page: dict[str, object] = {}
+    exec(blocks("python")[2], page)
+    assert page["PLAN"] == llama3_plan(FLAVORS["1B"])
+    assert page["ORDER"] == ORDER
