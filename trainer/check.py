@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 
 from components.config.annotations import toml_literal
-from components.mesh.degrees import Degrees, resolve_degrees
+from components.mesh.degrees import resolve_degrees
 from components.runtime.errors import ConfigError
 from models.train_spec import ModelArgs
 from trainer.config.help import help_text
@@ -80,7 +80,7 @@ def _summary(resolved: ResolvedJob, args: ModelArgs | None, world_size: int) -> 
     lines = [
         f"job              {job.job.description}",
         f"model            {job.model.name} {job.model.flavor}, {size}",
-        f"layout           {_ranks(world_size)}: {_layout(degrees)}",
+        f"layout           {_ranks(world_size)}: {degrees}",
         f"global batch     {rows:,} rows: {job.training.local_batch_size} local × {degrees.batch} data-parallel"
         f" × {rows // local} accumulated",
         f"tokens per step  {rows * job.training.seq_len:,}",
@@ -99,16 +99,3 @@ def _unchecked(resolved: ResolvedJob) -> list[str]:
 
 def _ranks(count: int) -> str:
     return "1 rank" if count == 1 else f"{count} ranks"
-
-
-def _layout(degrees: Degrees) -> str:
-    named = {
-        "replicate": degrees.dp_replicate,
-        "shard": degrees.dp_shard,
-        "context": degrees.cp,
-        "tensor": degrees.tp,
-        "pipeline": degrees.pp,
-        "expert": degrees.ep,
-        "expert tensor": degrees.etp,
-    }
-    return " × ".join(f"{degree} {name}" for name, degree in named.items() if degree > 1) or "nothing to share"

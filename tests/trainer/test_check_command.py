@@ -24,7 +24,7 @@ def test_summary(tmp_path: Path) -> None:
     assert done.stdout == (
         "job              a small one\n"
         "model            llama3 debugmodel, 6,163,712 parameters\n"
-        "layout           4 ranks: 4 shard\n"
+        "layout           4 ranks: 1 replicated × 4 sharded\n"
         "global batch     64 rows: 8 local × 4 data-parallel × 2 accumulated\n"
         "tokens per step  8,192\n"
         "steps            1,000: 8,192,000 tokens\n"
@@ -34,9 +34,22 @@ def test_summary(tmp_path: Path) -> None:
 
 def test_world_size_from_the_environment() -> None:
     assert (
-        "layout           6 ranks: 2 replicate × 3 shard\n"
+        "layout           6 ranks: 2 replicated × 3 sharded\n"
         in check("--parallelism.data_parallel_replicate_degree=2", NGPU="3", NNODES="2").stdout
     )
+
+
+def test_experts_are_no_further_ranks() -> None:
+    degrees = {"tensor": 2, "context": 2, "expert": 4}
+    found = check(
+        "--model.name=qwen3",
+        "--model.flavor=debugmodel_moe",
+        "--world-size=8",
+        *(f"--parallelism.{name}_parallel_degree={degree}" for name, degree in degrees.items()),
+    )
+    layout = "1 replicated × 2 sharded × 2 context × 2 tensor; experts 2 sharded × 4 expert × 1 expert tensor"
+    assert f"layout           8 ranks: {layout}\n" in found.stdout
+    assert (found.stderr, found.returncode) == ("", 0)
 
 
 def test_custom_import_is_not_imported(tmp_path: Path) -> None:
