@@ -29,7 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensor  # has no public home; torc
 from torch.distributed.tensor import DTensor
 
 from components.mesh.collectives import all_reduce, piece
-from components.mesh.experts import TokenRanks, by_expert, combine
+from components.mesh.experts import TokenRanks, by_expert, combine, routed
 
 
 class Routes(NamedTuple):
@@ -74,7 +74,7 @@ class Experts(nn.Module):
             # (tokens, 1, dim), see `combine`
         """
         order, counts = by_expert(chosen.flatten(), self.w1.shape[0])
-        return combine(self.compute(x.index_select(0, order // chosen.shape[1]), counts), order, weights)
+        return combine(self.compute(routed(x, order, chosen.shape[1]), counts), order, weights)
 
     def compute(self, x: Tensor, counts: Tensor) -> Tensor:
         """This rank's experts, each applied to its tokens.
@@ -88,12 +88,13 @@ class Experts(nn.Module):
         """
         w1, w2, w3 = (w.to_local() if isinstance(w, DTensor) else w for w in (self.w1, self.w2, self.w3))
         dim, hidden = w2.shape[1:]
-        if not isinstance(x, FakeTensor) and can_group(x.device, x.dtype, dim, hidden):
+        # Without any token the kernel's backward finds no strides that it likes.
+        if len(x) and not isinstance(x, FakeTensor) and can_group(x.device, x.dtype, dim, hidden):
             offsets = counts.cumsum(0).to(torch.int32)
             inner = F.silu(F.grouped_mm(x, w1.mT, offs=offsets)) * F.grouped_mm(x, w3.mT, offs=offsets)
             return F.grouped_mm(inner, w2.mT, offs=offsets)
         # Shapes without content have no counts: there all tokens go to one expert, which costs the same.
-        sizes = [len(x)] if isinstance(x, FakeTensor) else counts.tolist()
+        sizes = [len(x)] if isinstance(x, FakeTensor) or not len(x) else counts.tolist()
         return _one_by_one(x, sizes, w1, w2, w3)
 
 
@@ -120,13 +121,17 @@ def can_group(device: torch.device, dtype: torch.dtype, dim: int, hidden: int) -
 
 
 def _try_grouped(device: torch.device, dtype: torch.dtype, dim: int, hidden: int) -> bool:
-    offsets = torch.ones(1, dtype=torch.int32, device=device)
+    """With an expert that gets no token: on some GPUs its gradient is whatever was in memory before."""
+    offsets = torch.ones(2, dtype=torch.int32, device=device)
     try:
         for inner, outer in ((dim, hidden), (hidden, dim)):
             x = torch.zeros(1, inner, dtype=dtype, device=device, requires_grad=True)
-            w = torch.zeros(1, outer, inner, dtype=dtype, device=device, requires_grad=True)
+            w = torch.zeros(2, outer, inner, dtype=dtype, device=device, requires_grad=True)
             out = F.grouped_mm(x, w.mT, offs=offsets)
+            torch.full_like(w, torch.nan)  # freed at once, so that the gradient gets this memory
             out.backward(torch.zeros_like(out))
+            if w.grad is None or w.grad.count_nonzero():
+                return False
     except RuntimeError:
         return False
     return True

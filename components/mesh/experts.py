@@ -5,6 +5,7 @@ It stands here since the layer routes, the applier sends, and neither may import
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +40,15 @@ def by_expert(chosen: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     return torch.sort(chosen, stable=True).indices, counts.scatter_add(0, chosen, torch.ones_like(chosen))
 
 
+def routed(x: Tensor, order: Tensor, k: int) -> Tensor:
+    """Each token once for each of its k choices, ordered by expert. # (tokens, dim) → (tokens · k, dim)
+
+    The gradients of a token's copies are added up at once, in the order of its choices: indexing's own backward adds
+    one after the other in the type of compute, on CUDA in whatever order they come.
+    """
+    return _Routed.apply(x, order, k)
+
+
 def back(x: Tensor, order: Tensor) -> Tensor:
     """The inverse of `x[order]`: rows where they were before. # (n, ...)"""
     return x.index_select(0, torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device)))
@@ -58,3 +68,16 @@ def combine(out: Tensor, order: Tensor, weights: Tensor) -> Tensor:
     tokens, k = weights.shape
     chosen = back(out, order).view(tokens, k, -1)
     return torch.bmm(weights[:, None].to(out.dtype), chosen)
+
+
+class _Routed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, k: int) -> Tensor:
+        ctx.k = k
+        ctx.save_for_backward(order)
+        return x.index_select(0, order // k)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyrefly: ignore[bad-override]
+        (order,) = ctx.saved_tensors
+        return back(grad, order).unflatten(0, (-1, ctx.k)).sum(1), None, None

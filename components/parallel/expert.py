@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement, Shard, distribute_tensor
 
 from components.mesh.collectives import Axis, all_to_all, gather, reduce_scatter, sizes_of
-from components.mesh.experts import TokenRanks, back, by_expert, combine
+from components.mesh.experts import TokenRanks, back, by_expert, combine, routed
 from components.mesh.parallel_dims import ParallelDims
 from components.mesh.plan import Plan
 from components.parallel.modules import find
@@ -103,8 +103,8 @@ class _Dispatch:
         """# tokens (tokens, dim), experts (tokens, k), weights (tokens, k) → (tokens, 1, dim)"""
         x, chosen, weights = gather(x, 0, self.etp), gather(chosen, 0, self.etp), gather(weights, 0, self.etp)
         order, counts = by_expert(chosen.flatten(), self.count)
-        routed = x.index_select(0, order // chosen.shape[1])
-        out = self.experts.compute(routed, counts) if self.ep is None else self.exchange(routed, counts, self.ep)
+        x = routed(x, order, chosen.shape[1])
+        out = self.experts.compute(x, counts) if self.ep is None else self.exchange(x, counts, self.ep)
         return reduce_scatter(combine(out, order, weights), 0, self.etp)
 
     def exchange(self, x: Tensor, counts: Tensor, ep: Axis) -> Tensor:
@@ -120,7 +120,7 @@ class _Dispatch:
         """
         leaving = counts.view(ep.size, -1)  # (ranks, experts of each)
         coming = all_to_all(leaving, [1] * ep.size, [1] * ep.size, ep)  # from each rank, for each of my experts
-        sent, received = _lengths(leaving, len(x)), _lengths(coming, len(x))
+        sent, received = _lengths(torch.stack((leaving, coming)), len(x))
         x = all_to_all(x, received, sent, ep)  # by rank, then by expert
         mine = torch.arange(leaving.shape[1], device=x.device).repeat(ep.size)
         order, totals = by_expert(mine.repeat_interleave(coming.flatten(), output_size=len(x)), leaving.shape[1])
@@ -128,8 +128,11 @@ class _Dispatch:
         return all_to_all(out, sent, received, ep)
 
 
-def _lengths(counts: Tensor, tokens: int) -> Sequence[int]:
-    """Tokens of each rank, on the host. Shapes without content have no counts: there, ranks get equal shares."""
+def _lengths(counts: Tensor, tokens: int) -> Sequence[Sequence[int]]:
+    """Tokens of each rank, those sent and those received, on the host: the one time that a layer waits for the device.
+
+    Shapes without content have no counts: there, ranks get equal shares. # (2, ranks, experts of each)
+    """
     if isinstance(counts, FakeTensor) or counts.is_meta:
-        return sizes_of(tokens, counts.shape[0])
-    return counts.sum(1).tolist()
+        return [sizes_of(tokens, counts.shape[1])] * 2
+    return counts.sum(2).tolist()

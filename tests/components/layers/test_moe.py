@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from components.layers import moe
 from components.layers.moe import Experts, MoE, SelectionBias, can_group
-from components.mesh.experts import back, by_expert, combine
+from components.mesh.experts import back, by_expert, combine, routed
 
 DIM, HIDDEN, EXPERTS, K = 8, 12, 5, 2
 ROWS, SEQ = 3, 7
@@ -87,6 +87,18 @@ def test_where_grouping_fails_experts_run_one_by_one(monkeypatch: pytest.MonkeyP
     torch.testing.assert_close(layer(x, POSITIONS)[0], expected)
 
 
+def test_a_kernel_that_leaves_gradients_of_empty_experts_unwritten_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = F.grouped_mm
+
+    def leaky(x: Tensor, w: Tensor, *, offs: Tensor) -> Tensor:
+        w.register_hook(lambda grad: grad.index_fill(0, torch.tensor(len(grad) - 1), torch.nan))
+        return whole(x, w, offs=offs)
+
+    assert moe._try_grouped(torch.device("cpu"), torch.float32, DIM, HIDDEN)
+    monkeypatch.setattr(moe.F, "grouped_mm", leaky)
+    assert not moe._try_grouped(torch.device("cpu"), torch.float32, DIM, HIDDEN)
+
+
 def test_equal_scores_choose_the_first_experts() -> None:
     layer = make()
     with torch.no_grad():
@@ -103,6 +115,17 @@ def test_order_by_expert() -> None:
     assert back(chosen[order], order).tolist() == chosen.tolist()
     weights = torch.tensor([[1.0, 2.0]])
     assert combine(torch.tensor([[10.0], [3.0]]), torch.tensor([1, 0]), weights).tolist() == [[[23.0]]]
+
+
+def test_gradients_of_a_tokens_copies_are_added_up_at_once() -> None:
+    x = torch.tensor([[1.0], [2.0]], dtype=torch.bfloat16, requires_grad=True)
+    order, _ = by_expert(torch.tensor([2, 1, 0, 0, 2, 1]), 3)
+    out = routed(x, order, 3)
+    assert out.flatten().tolist() == [1, 2, 1, 2, 1, 2]
+    grad = torch.tensor([256.0, 1, 1, 256, 1, 1], dtype=torch.bfloat16)  # one by one, each 1 is lost beside 256
+    out.backward(grad[:, None])
+    assert x.grad is not None
+    assert x.grad.flatten().tolist() == [258, 258]
 
 
 def shares(valid: Tensor, of: int) -> Tensor:
