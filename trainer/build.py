@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from components.config.job_config import JobConfig
 from components.layers.initialize import Init, initialize
 from components.mesh.parallel_dims import ParallelDims
+from components.optim.optimizers import require_used
 from components.parallel.pipeline import Stage
 from components.runtime.errors import MeshError
 from models.train_spec import ModelArgs, TrainSpec
@@ -90,8 +91,12 @@ def build_stages(
 
 
 def lay_out(spec: TrainSpec, args: ModelArgs, job: JobConfig, dims: ParallelDims, dtype: torch.dtype) -> list[Stage]:
-    """This rank's stages, laid out over the mesh, still without memory."""
-    stages = cut(spec, build_on_meta(spec, args, job), dims, job)
+    """This rank's stages, laid out over the mesh, still without memory. Raises ConfigError for
+    `optimizer.parameter_groups` that take no parameter of the whole model."""
+    whole = build_on_meta(spec, args, job)
+    names = [name for name, parameter in whole.named_parameters() if parameter.requires_grad]
+    require_used(names, job.optimizer.parameter_groups)
+    stages = cut(spec, whole, dims, job)
     for stage in stages:
         spec.parallelize_fn(stage.module, dims, job, dtype)
     return stages

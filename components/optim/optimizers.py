@@ -143,7 +143,8 @@ def build_optimizers(model_parts: list[nn.Module], config: Optimizer, device: to
     """One optimizer over the trainable parameters of all parts.
 
     Raises ConfigError for an unknown name, a kernel that the device lacks, and, all at once, for patterns of
-    `optimizer.parameter_groups` that are no regular expressions or take no parameter.
+    `optimizer.parameter_groups` that are no regular expressions. Whether each takes something is `require_used`'s
+    business.
     """
     names = {p: name for part in model_parts for name, p in part.named_parameters() if p.requires_grad}
     groups = _groups(names, config)
@@ -192,15 +193,20 @@ def _group(parameters: list[nn.Parameter], entry: ParameterGroup, config: Optimi
     return {"params": parameters, "lr": config.lr * entry.lr_factor, "weight_decay": decay}
 
 
-def _owners(names: Iterable[str], entries: Sequence[ParameterGroup]) -> dict[str, int]:
-    """For each name the index of the first entry that matches it, or `len(entries)`."""
-    names = list(names)
-    patterns = _compile(entries)
-    owners = {n: next((i for i, p in enumerate(patterns) if p.search(n)), len(entries)) for n in names}
+def require_used(names: Sequence[str], entries: Sequence[ParameterGroup]) -> None:
+    """Raise ConfigError, all at once, for entries that take no parameter. `names` are those of the whole model: a
+    pipeline stage may well have none of an entry's."""
+    owners = _owners(names, entries)
     idle = [i for i in range(len(entries)) if i not in owners.values()]
     if idle:
-        raise ConfigError(*(_idle(i, patterns[i], names, owners) for i in idle))
-    return owners
+        patterns = _compile(entries)
+        raise ConfigError(*(_idle(i, patterns[i], list(names), owners) for i in idle))
+
+
+def _owners(names: Iterable[str], entries: Sequence[ParameterGroup]) -> dict[str, int]:
+    """For each name the index of the first entry that matches it, or `len(entries)`."""
+    patterns = _compile(entries)
+    return {n: next((i for i, p in enumerate(patterns) if p.search(n)), len(entries)) for n in names}
 
 
 def _compile(entries: Sequence[ParameterGroup]) -> list[re.Pattern[str]]:

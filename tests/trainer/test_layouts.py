@@ -46,3 +46,13 @@ def test_every_layout_gives_the_same_numbers(name: str, reference: list[dict[str
     assert "validation_loss" in found[4]
     assert "validation_loss" in found[9]
     assert 12 * 24 * STEPS * 0.8 < found[-1]["tokens"] < 12 * 24 * STEPS  # borders between documents are not counted
+
+
+def test_groups_of_parameters_that_a_pipeline_stage_has_none_of(tmp_path: Path) -> None:
+    groups = "--optimizer.parameter_groups=[{pattern='^output', lr_factor=5.0}, {pattern='embed', weight_decay=9.0}]"
+    common = ("--model.flavor=deep", "--training.local_batch_size=4", "--optimizer.lr=1e-2", groups)
+    want = train(1, tmp_path / "one", *common)
+    found = train(2, tmp_path / "two", *common, "--parallelism.pipeline_parallel_degree=2")
+    assert [facts(record) for record in found] == [pytest.approx(facts(record), rel=1e-5) for record in want]
+    plain = train(1, tmp_path / "plain", *common[:-1])
+    assert facts(plain[-1])["loss"] != pytest.approx(facts(want[-1])["loss"], rel=1e-3)

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard
 
 from components.config.optim import Optimizer, ParameterGroup
 from components.optim.names import OPTIMIZERS
-from components.optim.optimizers import Optimizers, build_optimizers, optimizers
+from components.optim.optimizers import Optimizers, build_optimizers, optimizers, require_used
 from components.runtime.errors import ConfigError
 from tests.ranks import run_ranks
 
@@ -134,7 +134,7 @@ def test_patterns_that_are_wrong() -> None:
 def test_patterns_that_take_nothing() -> None:
     entries = [ParameterGroup("norm"), ParameterGroup("embed"), ParameterGroup(r"norm\.bias")]
     with pytest.raises(ConfigError) as caught:
-        _build(_model(), parameter_groups=entries)
+        require_used([name for name, _ in _model().named_parameters()], entries)
     assert caught.value.problems == (
         "optimizer.parameter_groups[1].pattern = 'embed': matches no parameter; there are: layers.*.bias,"
         " layers.*.weight, norm.bias, norm.weight, wq.weight",
