@@ -18,15 +18,20 @@ class Parallelism:
     """Free gathered parameters after forward: less memory, one more all-gather. default: always, but never under
     pipeline parallelism."""
     tensor_parallel_degree: PositiveInt = 1
-    """Ranks that share each matrix."""
+    """Ranks that share each matrix and, between matrices, each sequence. Divides `seq_len` and the heads, and divides or
+    is divided by the key-value heads; other sizes may be uneven. Each block gathers and scatters hidden states twice,
+    forward and backward: for ranks with a fast connection."""
     disable_loss_parallel: bool = False
-    """Gather the logits before the loss instead of computing it over a sharded vocabulary."""
+    """Gather the logits before the loss instead of computing it over a sharded vocabulary: each rank then holds as many
+    as without tensor parallelism."""
     enable_async_tensor_parallel: bool = False
-    """Overlap tensor-parallel communication with matmuls; CUDA with compile."""
+    """Overlap tensor-parallel communication with matmuls; needs CUDA and `compile` with inductor."""
     pipeline_parallel_degree: PositiveInt = 1
-    """Ranks that the layers are dealt to."""
+    """Ranks that the layers are dealt to. Only hidden states travel; the price is the time that stages wait, see the
+    schedule."""
     module_fqns_per_model_part: list[list[str]] | None = None
-    """The modules of each pipeline stage, by name; each of the model once, in order. None: cut automatically."""
+    """The modules of each pipeline stage, by name; each of the model once, in order. None: cut by layers; those
+    that are left over go to the stages with the fewest FLOPs, then parameters."""
     pipeline_parallel_first_stage_less_layers: NonNegativeInt = 1
     """Layers that the first stage has less than the others, to make room for the embedding."""
     pipeline_parallel_last_stage_less_layers: NonNegativeInt = 1
@@ -44,7 +49,8 @@ class Parallelism:
     pipeline_parallel_expert_parallel_overlap: bool = True
     """Overlap expert dispatch with compute in schedules that can. Does nothing: no schedule here does."""
     context_parallel_degree: PositiveInt = 1
-    """Ranks that share each sequence."""
+    """Ranks that share each sequence; `seq_len` is a multiple of it, and of twice as much with `headtail`. They share
+    parameters as those of `data_parallel_shard_degree` do."""
     context_parallel_load_balancer: Literal["headtail", ""] | None = "headtail"
     """How sequences are dealt: headtail gives each rank two chunks, an early and a late one, so that causal attention
     costs the same everywhere; empty or none gives each one piece, so that the last rank has twice the average work."""
@@ -54,11 +60,12 @@ class Parallelism:
     memory, more and smaller transfers. ulysses: ranks trade tokens for heads and attend to whole rows; least traffic on
     many ranks, which must divide the heads, and with `data.document_mask` a mask of seq_len² bytes a row."""
     expert_parallel_degree: PositiveInt = 1
-    """Ranks that share the experts."""
+    """Ranks that share the experts, whose number it divides. They are those of shard, context and tensor degree, dealt
+    anew: no further ranks. Tokens travel to their experts and back in each block."""
     expert_tensor_parallel_degree: PositiveInt = 1
     """Ranks that share each expert's matrices: 1 or the tensor-parallel degree."""
     expert_parallel_comm_backend: Literal["standard", "deepep"] = "standard"
-    """How tokens travel to experts."""
+    """How tokens travel to experts. standard: all-to-alls of uneven pieces; deepep is refused."""
 
 
 @dataclass(frozen=True)
