@@ -18,9 +18,9 @@ class Parallelism:
     """Free gathered parameters after forward: less memory, one more all-gather. default: always, but never under
     pipeline parallelism."""
     tensor_parallel_degree: PositiveInt = 1
-    """Ranks that share each matrix and, between matrices, each sequence. Divides `seq_len` and the heads, and divides or
-    is divided by the key-value heads; other sizes may be uneven. Each block gathers and scatters hidden states twice,
-    forward and backward: for ranks with a fast connection."""
+    """Ranks that share each matrix and, between matrices, each sequence. Divides `seq_len` and the heads, and divides
+    or is divided by the key-value heads; other sizes may be uneven. Each block gathers and scatters hidden states
+    twice, forward and backward: for ranks with a fast connection."""
     disable_loss_parallel: bool = False
     """Gather the logits before the loss instead of computing it over a sharded vocabulary: each rank then holds as many
     as without tensor parallelism."""
