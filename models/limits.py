@@ -21,6 +21,19 @@ def tensor_problems(job: JobConfig, n_heads: int, n_kv_heads: int) -> Iterator[s
         )
 
 
+def one_process_problems(job: JobConfig, **sizes: int) -> Iterator[str]:
+    """Sizes, by what they are called, that must divide evenly where one process runs all ranks."""
+    degree = job.parallelism.tensor_parallel_degree
+    if job.comm.mode != "local_tensor":
+        return
+    for name, size in sizes.items():
+        if size % degree:
+            yield (
+                f'parallelism.tensor_parallel_degree = {degree}: with comm.mode = "local_tensor" all ranks\' pieces are'
+                f" as long, but {degree} does not divide {size} ({name}); take a degree that does"
+            )
+
+
 def context_problems(job: JobConfig, n_heads: int) -> Iterator[str]:
     """Heads that `ulysses` cannot trade for tokens. The other methods take any number."""
     config = job.parallelism

@@ -21,6 +21,7 @@ from trainer.urgency import Urgency
 
 if TYPE_CHECKING:
     from trainer.config.load import ResolvedJob
+    from trainer.trainer import Trainer
 
 
 def main(argv: list[str], environ: MutableMapping[str, str]) -> int:
@@ -55,16 +56,26 @@ def train(argv: list[str], environ: MutableMapping[str, str]) -> int:
         return dry_run(resolved.job, resolved.notes, world_size(resolved, environ))
     from components.runtime.orphans import end_with_parent
     from components.runtime.witness import explained
-    from trainer.trainer import Trainer
 
     if "TORCHELASTIC_RUN_ID" in environ:
         end_with_parent()
     freeze_registries()
     with explained():
-        trainer = Trainer(resolved, environ)
+        trainer = trainer_class(resolved)(resolved, environ)
         trainer.train()
         trainer.close()
     return 0
+
+
+def trainer_class(resolved: "ResolvedJob") -> "type[Trainer]":
+    """The Trainer of one rank, or under `comm.mode = "local_tensor"` of all."""
+    if resolved.job.comm.mode == "local_tensor":
+        from trainer.local import LocalTrainer
+
+        return LocalTrainer
+    from trainer.trainer import Trainer
+
+    return Trainer
 
 
 def import_custom(module: str) -> None:

@@ -31,7 +31,7 @@ def describe(step: int, loss: float, norm: float, local_loss: float, parameter: 
     mine = [] if math.isfinite(local_loss) else ["loss"]
     mine += [f"gradient of {parameter}"] if parameter else []
     found: list[list[str]] = [mine]
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if dist.is_initialized() and dist.get_world_size() > 1 and dist.get_backend() != dist.Backend.FAKE:
         found = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(found, mine)
     ranks = [f"rank {rank}: {', '.join(what)}" for rank, what in enumerate(found) if what]

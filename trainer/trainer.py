@@ -27,6 +27,7 @@ from components.optim.clip import gradient_norm, scale_gradients
 from components.optim.early import EarlyStep
 from components.parallel.context import split_sequence
 from components.parallel.data import needs_process_group, set_gradient_sync
+from components.parallel.pipeline import Stage
 from components.runtime import distributed, logging, seeds, witness
 from components.runtime.collect import GarbageCollector
 from components.runtime.device import compute_dtype, pick_device
@@ -73,7 +74,7 @@ class Trainer:
         self.tokenizer = self.spec.build_tokenizer_fn(self.job)
         self.loader = self.build_loader()
         # what learns, and how
-        stages = build_stages(self.spec, self.args, self.job, self.dims, self.device, self.dtype, self.seed)
+        stages = self.build_stages()
         self.models = [stage.module for stage in stages]
         self.parameters = [parameter for model in self.models for parameter in model.parameters()]
         self.loss_fn = self.spec.build_loss_fn(self.job)
@@ -115,6 +116,10 @@ class Trainer:
         local = self.job.training.local_batch_size
         layout = {**asdict(self.dims.degrees), "local_batch_size": local, "sizes": sizes(self.job)}
         return JobIdentity(fingerprint_of(self.job, derived), layout, to_toml(resolved.job), git_revision())
+
+    def build_stages(self) -> list[Stage]:
+        """This rank's stages of the model, laid out and with their first values."""
+        return build_stages(self.spec, self.args, self.job, self.dims, self.device, self.dtype, self.seed)
 
     def build_loader(self, validation: bool = False) -> Loader:
         """This rank's rows of the training or of the validation set."""

@@ -45,5 +45,10 @@ def parallelize(
     compiled = job.compile.enable and "model" in job.compile.components
     recompute(model, plan, job.activation_checkpoint, job.job.dump_folder, compiled=compiled)
     compile_blocks(model, plan, job.compile)
-    shard(model, plan, dims, job.parallelism, compute_dtype, job.training.enable_cpu_offload)
+    if job.comm.mode == "local_tensor":
+        from components.parallel.one_process import replicate  # what it needs of torch is not public
+
+        replicate(model, plan, dims)
+    else:
+        shard(model, plan, dims, job.parallelism, compute_dtype, job.training.enable_cpu_offload)
     return model

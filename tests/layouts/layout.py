@@ -78,7 +78,7 @@ COMMON = (
 )
 """Eight rows a step, three steps, then validation. Clipping bites."""
 
-SEEDS = {"qwen/moe": 18, "qwen/deep": 15}
+SEEDS = {"qwen/moe": 18, "qwen/deep": 15, "qwen/even": 17}
 """`debug.seed` by model, else 7. With experts it is one for which no routing decision is close (see `balance.py`)."""
 
 
@@ -111,6 +111,11 @@ class Layout:
     def ranks(self) -> int:
         """Number of ranks that it takes."""
         return prod(int(value) for name, value in self.chosen.items() if name in AXES)
+
+    @property
+    def processes(self) -> int:
+        """Number of processes that its ranks are in."""
+        return 1 if "local-tensor" in self.modifiers.split() else self.ranks
 
     @property
     def rows(self) -> int:

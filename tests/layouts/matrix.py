@@ -229,4 +229,48 @@ MANY = (
 )
 """Three axes and more, on 8 and 16 ranks."""
 
-MATRIX: tuple[Layout, ...] = (*DATA, *TENSOR, *CONTEXT, *PIPELINE, *EXPERT, *MANY)
+IN_ONE_PROCESS = (
+    slow("llama/even", "tp=2 cp=2", "local-tensor"),
+    fast("llama/even", "tp=2", "local-tensor by-op chunked"),
+    slow("llama/even", "tp=4", "local-tensor accumulate gathered-logits"),
+    slow("llama/even", "cp=2 rotate=alltoall", "local-tensor recompute"),
+    slow("llama/even", "cp=2 rotate=ulysses balance=none", "local-tensor"),
+    slow("llama/even", "cp=2", "local-tensor causal"),
+    slow("qwen/even", "tp=2 cp=2", "local-tensor"),
+    slow("qwen/even", "tp=2 etp=2", "local-tensor"),
+    refused(
+        "llama/even",
+        "fsdp=2 tp=2",
+        "local-tensor",
+        '--parallelism.data_parallel_shard_degree=2: with comm.mode = "local_tensor" there is no data parallelism:'
+        " FSDP2 resizes storages, which torch's LocalTensor does not have; start the 2 ranks that share a sequence"
+        " (context × tensor)",
+    ),
+    refused(
+        "llama/even",
+        "pp=2",
+        "local-tensor",
+        '--parallelism.pipeline_parallel_degree=2: with comm.mode = "local_tensor" all ranks run one program, but'
+        " stages run different ones; set it to 1",
+    ),
+    refused(
+        "qwen/even",
+        "tp=2 ep=2",
+        "local-tensor",
+        '--parallelism.expert_parallel_degree=2: with comm.mode = "local_tensor" ranks cannot send different numbers of'
+        " tokens; set it to 1",
+    ),
+    refused(
+        "llama/untied",
+        "tp=2",
+        "local-tensor compile",
+        '--compile.enable: with comm.mode = "local_tensor" torch cannot trace attention with a mask; set it to false\n'
+        '--parallelism.tensor_parallel_degree=2: with comm.mode = "local_tensor" all ranks\' pieces are as long, but 2'
+        " does not divide 67 (vocab_size); take a degree that does\n"
+        '--parallelism.tensor_parallel_degree=2: with comm.mode = "local_tensor" all ranks\' pieces are as long, but 2'
+        " does not divide 43 (ffn_hidden); take a degree that does",
+    ),
+)
+"""All ranks in one process."""
+
+MATRIX: tuple[Layout, ...] = (*DATA, *TENSOR, *CONTEXT, *PIPELINE, *EXPERT, *MANY, *IN_ONE_PROCESS)

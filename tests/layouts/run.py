@@ -2,12 +2,14 @@
 
 import gc
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from tests.layouts.facts import Facts, Piece, Pieces, Step, Told, assemble
 from tests.layouts.layout import Layout
@@ -26,22 +28,28 @@ def run(layout: Layout, folder: Path, aliases: dict[str, str], mutant: str = "",
     Raises RankError if a rank fails.
     """
     argv = [*layout.arguments(), f"--job.dump_folder={folder}"]
-    told = run_ranks(layout.ranks, record, argv, meeting_point(), mutant, backend=None, timeout=timeout)
-    return assemble(told, aliases)
+    told = run_ranks(
+        layout.processes, record, argv, meeting_point(), mutant, layout.ranks, backend=None, timeout=timeout
+    )
+    return assemble([of_rank for of_process in told for of_rank in of_process], aliases)
 
 
-def record(argv: list[str], environ: dict[str, str], mutant: str) -> Told:
-    """One rank: train, and tell."""
+def record(argv: list[str], environ: dict[str, str], mutant: str, ranks: int) -> list[Told]:
+    """One process: train, and tell of each rank that is in it."""
     from components.runtime import distributed
-    from trainer.command import import_custom, validate_job
+    from trainer.command import import_custom, trainer_class, validate_job
     from trainer.config.load import load_job
-    from trainer.trainer import Trainer
 
     os.environ.update(environ)
     gc.unfreeze = lambda: None  # a Trainer begins with a collection; what the fork server brought need not be in it
     distributed.RETRY_SECONDS = 0.02
 
-    class Recording(Trainer):
+    resolved = load_job(argv, os.environ)
+    import_custom(resolved.job.experimental.custom_import)
+    validate_job(resolved, ranks)
+    base: Any = trainer_class(resolved)
+
+    class Recording(base):
         """Writes down, changes nothing."""
 
         validation = float("nan")
@@ -49,7 +57,7 @@ def record(argv: list[str], environ: dict[str, str], mutant: str) -> Told:
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             self.recorded: list[Step] = []
-            self.gradients: Pieces = {}
+            self.gradients: dict[str, list[Piece]] = {}
             validator = self.validator
             if validator is not None:
                 validate = validator.validate
@@ -59,9 +67,9 @@ def record(argv: list[str], environ: dict[str, str], mutant: str) -> Told:
             self.validation = loss
             return loss
 
-        def state(self) -> dict[str, Piece]:
+        def state(self) -> dict[str, list[Piece]]:
             return {
-                name: _piece(value)
+                name: _pieces(value)
                 for model in self.models
                 for name, value in (*model.named_parameters(), *model.named_buffers())
             }
@@ -69,7 +77,7 @@ def record(argv: list[str], environ: dict[str, str], mutant: str) -> Told:
         def accept(self, loss: float, grad_norm: float, local_sums: Tensor) -> bool:
             if self.progress.step == 1:
                 named = [pair for model in self.models for pair in model.named_parameters()]
-                self.gradients = {name: _piece(p.grad) for name, p in named if p.grad is not None}
+                self.gradients = {name: _pieces(p.grad) for name, p in named if p.grad is not None}
             return super().accept(loss, grad_norm, local_sums)
 
         def finish_step(self, values: "StepValues", rows: "StepRows", last: bool) -> None:
@@ -77,24 +85,47 @@ def record(argv: list[str], environ: dict[str, str], mutant: str) -> Told:
             loss, max_loss, norm = (float(value) for value in values)
             self.recorded.append(Step(loss, max_loss, norm, self.progress.tokens))
 
-    resolved = load_job(argv, os.environ)
-    import_custom(resolved.job.experimental.custom_import)
-    validate_job(resolved, int(os.environ["WORLD_SIZE"]))
     with planted(mutant):
-        trainer = Recording(resolved, os.environ)
+        trainer = Recording(resolved, {**os.environ, "NGPU": str(ranks)})
         before = trainer.state()
         trainer.train()
     after = trainer.state()
-    updates = {name: Piece(x.shape, x.places, x.values - before[name].values) for name, x in after.items()}
+    updates = {
+        name: [replace(new, values=new.values - old.values) for new, old in zip(pieces, before[name], strict=True)]
+        for name, pieces in after.items()
+    }
     if dist.is_initialized():
         dist.barrier()  # the store's rank ends last
-    return Told(trainer.recorded, trainer.validation, trainer.gradients, updates)
+    return [
+        Told(trainer.recorded, trainer.validation, _of(trainer.gradients, place), _of(updates, place))
+        for place in range(len(next(iter(updates.values()))))
+    ]
 
 
-def _piece(value: Tensor) -> Piece:
-    """This rank's part of a tensor, copied to the host."""
+def _of(pieces: dict[str, list[Piece]], place: int) -> Pieces:
+    return {name: each[place] for name, each in pieces.items()}
+
+
+def _pieces(value: Tensor) -> list[Piece]:
+    """The parts of a tensor of the ranks in this process, copied to the host."""
     from components.mesh.counter import local_dims
 
-    local = value.to_local() if isinstance(value, DTensor) else value
+    local = (value.to_local() if isinstance(value, DTensor) else value).detach()
+    if (of_ranks := getattr(local, "_local_tensors", None)) is not None:  # torch's LocalTensor
+        from torch.distributed._local_tensor import maybe_disable_local_tensor_mode
+
+        shape = tuple(map(int, value.shape))
+        with maybe_disable_local_tensor_mode():  # under which every new tensor is one of all ranks
+            return [Piece(shape, _places(value, rank), x.float().clone()) for rank, x in of_ranks.items()]
     places = [dim.cpu() for dim in local_dims(value)]
-    return Piece(tuple(value.shape), places, local.detach().float().cpu().clone())
+    return [Piece(tuple(value.shape), places, local.float().cpu().clone())]
+
+
+def _places(value: Tensor, rank: int) -> list[Tensor]:
+    """Which elements along each dimension a rank has of an evenly cut tensor."""
+    dims = [torch.arange(int(size)) for size in value.shape]
+    if isinstance(value, DTensor):  # over one dimension, tp or etp, whose ranks are neighbours
+        (placement,), size = value.placements, value.device_mesh.size()
+        if isinstance(placement, Shard):
+            dims[placement.dim] = dims[placement.dim].chunk(size)[rank % size]
+    return dims

@@ -28,12 +28,13 @@ LLAMA = {
     "untied": UNTIED,
     "tied": replace(UNTIED, tied_embeddings=True, n_layers=4),
     "deep": replace(UNTIED, n_layers=8),
+    "even": replace(UNTIED, ffn_hidden=44, vocab_size=68),
     "odd": replace(UNTIED, n_heads=3, n_kv_heads=1),
 }
 
 EXPERTS = Experts(count=8, per_token=2, hidden=20, balance_coefficient=0.1, bias_rate=0.02)
 MOE = Qwen3Args(dim=24, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=6, vocab_size=67, experts=EXPERTS)
-QWEN = {"moe": MOE, "deep": replace(MOE, n_layers=4)}
+QWEN = {"moe": MOE, "even": replace(MOE, vocab_size=68), "deep": replace(MOE, n_layers=4)}
 
 
 class LoudLlama(Llama3):

@@ -54,11 +54,6 @@ UNSUPPORTED = (
         "the dry run takes its place: COMM_MODE=fake_backend ./run_train.sh; set it to false",
     ),
     Unsupported(
-        "comm.mode",
-        lambda job: job.comm.mode == "local_tensor",
-        'all ranks in one process is not there yet; "fake_backend" is the dry run, "default" trains',
-    ),
-    Unsupported(
         "checkpoint.initial_load_in_hf",
         lambda job: job.checkpoint.enable and job.checkpoint.initial_load_in_hf,
         "Hugging Face weights cannot be read yet; start from a checkpoint of Espalier's, or set it to false",

@@ -23,6 +23,7 @@ from components.optim.schedule import schedule_problems
 from components.parallel.pipeline_schedules import pipeline_problems
 from components.runtime.errors import ConfigError, MeshError
 from trainer.config.names import check_names, find_model
+from trainer.config.one_process import one_process_problems
 from trainer.config.support import unsupported
 
 if TYPE_CHECKING:
@@ -331,5 +332,6 @@ LAYOUT_RULES: tuple[Callable[[JobConfig, Degrees], Problems], ...] = (
     _sequence,
     _fake_rank,
     _pipeline,
+    one_process_problems,
 )
 """Rules on the job and its degrees, left out where the degrees do not fit the ranks."""
