@@ -19,7 +19,8 @@ from components.estimate.footprint import Footprint, footprint
 from components.mesh.batch import Batch
 from components.mesh.degrees import Degrees, resolve_degrees
 from components.mesh.parallel_dims import ParallelDims
-from components.optim.clip import clip_gradients
+from components.optim.clip import scale_gradients
+from components.optim.early import EarlyStep
 from components.parallel.pipeline import Stage
 from components.runtime import distributed
 from components.runtime.device import compute_dtype
@@ -63,11 +64,14 @@ class DryTrainer(Trainer):
     def step(self) -> Footprint:
         """One step on rows without content, in fake memory; what the rank then holds."""
         fill(self.stages, self.job, DEVICE, seed=0)
+        self.parameters = [parameter for model in self.models for parameter in model.parameters()]
         self.optimizers = self.spec.build_optimizers_fn(self.models, self.job, DEVICE)
+        late = self.pipeline.tied.held if self.pipeline else []
+        self.early = EarlyStep(self.optimizers, late) if self.job.optimizer.early_step_in_backward else None
         rows = self.job.training.global_batch_size // self.dims.data_degree
         blank = torch.zeros(rows, self.job.training.seq_len, dtype=torch.int64)
         self.accumulate(Batch(blank, blank, blank, blank))
-        clip_gradients((p for model in self.models for p in model.parameters()), self.job.training.max_norm)
+        scale_gradients(self.parameters, self.global_norm(), self.job.training.max_norm)
         self.optimizers.step()
         return footprint(self.models, self.optimizers.named_state().values())
 
@@ -94,7 +98,7 @@ def summary(trainer: DryTrainer, held: Footprint, notes: list[str]) -> str:
     lines = [
         *(f"note: {note}" for note in notes),
         f"model: {job.model.name} {job.model.flavor}, {trainer.args.parameter_count():,} parameters",
-        f"layout: {degrees.world} ranks, {_layout(degrees)}",
+        f"layout: {degrees.world} ranks, {degrees}",
         *(f"stage: {_stage(stage)}" for stage in trainer.stages if stage.count > 1),
         f"step: {batch} rows × {training.seq_len} tokens = {batch * training.seq_len:,} tokens,"
         f" {_rows(batch // degrees.batch, job, degrees)},"
@@ -104,18 +108,6 @@ def summary(trainer: DryTrainer, held: Footprint, notes: list[str]) -> str:
         held.table(),
     ]
     return "\n".join(lines)
-
-
-def _layout(degrees: Degrees) -> str:
-    """The degrees of the mesh; beyond data parallelism those above 1."""
-    dense = {"replicated": degrees.dp_replicate, "sharded": degrees.dp_shard}
-    more = {"context": degrees.cp, "tensor": degrees.tp, "pipeline": degrees.pp}
-    dense |= {name: degree for name, degree in more.items() if degree > 1}
-    text = " × ".join(f"{degree} {name}" for name, degree in dense.items())
-    if degrees.ep * degrees.etp == 1:
-        return text
-    experts = {"sharded": degrees.efsdp, "expert": degrees.ep, "expert tensor": degrees.etp}
-    return f"{text}; experts {' × '.join(f'{degree} {name}' for name, degree in experts.items())}"
 
 
 def _stage(stage: Stage) -> str:

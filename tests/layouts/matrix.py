@@ -243,8 +243,7 @@ IN_ONE_PROCESS = (
         "fsdp=2 tp=2",
         "local-tensor",
         '--parallelism.data_parallel_shard_degree=2: with comm.mode = "local_tensor" there is no data parallelism:'
-        " FSDP2 resizes storages, which torch's LocalTensor does not have; start the 2 ranks that share a sequence"
-        " (context × tensor)",
+        " FSDP2 resizes storages, which torch's LocalTensor does not have; start 2 in all: context × tensor",
     ),
     refused(
         "llama/even",

@@ -83,7 +83,7 @@ def test_a_rank_holds_its_own_share() -> None:
     first, fourth, last = (held(text)["parameters"][0] for text in texts)
     assert first == fourth > last
     assert "dry run: one step of rank 4 of 5 in " in texts[2]
-    problem = "--comm.fake_rank=5: there are 5 ranks, counted from 0; take one below 5"
+    problem = "--comm.fake_rank=5: there are 5 ranks, counted from 0; take a lower one"
     assert refused(5, "--comm.fake_rank=5", *tiny) == f"error: {problem}\n"
 
 
@@ -105,10 +105,67 @@ def test_the_published_8b_on_64_ranks() -> None:
 def test_every_shipped_job_can_be_built(config: Path) -> None:
     job = load_job([f"--job.config_file={config}"], {}).job
     args = get_args(job.model.name, job.model.flavor)
-    text = dry_run(8, f"--job.config_file={config}", timeout=300)
+    degrees = job.parallelism
+    fixed = (degrees.tensor_parallel_degree, degrees.context_parallel_degree, degrees.pipeline_parallel_degree)
+    ranks = max(8, math.prod(fixed), degrees.expert_parallel_degree * degrees.pipeline_parallel_degree)
+    text = dry_run(ranks, f"--job.config_file={config}", timeout=300)
     assert f"{args.parameter_count():,} parameters" in text
-    assert held(text)["parameters"][0] >= args.parameter_count() / 8
+    if degrees.pipeline_parallel_degree == 1:
+        assert held(text)["parameters"][0] >= args.parameter_count() / ranks
     assert held(text)["gradients"][0] == held(text)["parameters"][0]
+
+
+MODELS = ROOT / "models"
+LARGE = {
+    "llama3/train_configs/llama3_405b_4d.toml": (
+        16384,
+        "layout: 16384 ranks, 1 replicated × 8 sharded × 16 context × 8 tensor × 16 pipeline\n",
+        {
+            0: "stage: 0 of 16, counted from 0: tok_embeddings, layers 0 to 6\n",
+            8191: "stage: 7 of 16, counted from 0: layers 55 to 62\n",
+            16383: "stage: 15 of 16, counted from 0: layers 119 to 125, norm, output\n",
+        },
+    ),
+    "qwen3/train_configs/qwen3_235b_a22b.toml": (
+        1024,
+        "layout: 1024 ranks, 1 replicated × 32 sharded × 4 tensor × 8 pipeline;"
+        " experts 4 sharded × 32 expert × 1 expert tensor\n",
+        {
+            0: "stage: 0 of 8, counted from 0: tok_embeddings, layers 0 to 10\n",
+            511: "stage: 3 of 8, counted from 0: layers 35 to 46\n",
+            1023: "stage: 7 of 8, counted from 0: layers 83 to 93, norm, output\n",
+        },
+    ),
+}
+"""The largest layouts that are shipped: ranks, what is said of them, and of the stages of three of their ranks."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", LARGE)
+def test_the_largest_layouts(config: str) -> None:
+    ranks, layout, stages = LARGE[config]
+    job = load_job([f"--job.config_file={MODELS / config}"], {}).job
+    share = get_args(job.model.name, job.model.flavor).parameter_count() / ranks
+    for rank, stage in stages.items():
+        text = dry_run(ranks, f"--job.config_file={MODELS / config}", f"--comm.fake_rank={rank}", timeout=400)
+        assert layout in text
+        assert stage in text
+        assert held(text)["parameters"][0] == held(text)["gradients"][0] == pytest.approx(share, rel=0.12)
+
+
+def test_stages_of_sixteen_thousand_ranks() -> None:
+    """A rank's share is exactly that of its stage's modules: all sizes divide by 8 tensor × 32 sharding ranks."""
+    degrees = ["tensor_parallel_degree=8", "context_parallel_degree=16", "pipeline_parallel_degree=2"]
+    degrees += ["data_parallel_replicate_degree=32", "data_parallel_shard_degree=2"]
+    small = ("--model.name=llama3", "--model.flavor=debugmodel", *(f"--parallelism.{degree}" for degree in degrees))
+    small += ("--training.seq_len=256", "--training.local_batch_size=2")
+    first, last = (dry_run(16384, *small, f"--comm.fake_rank={rank}") for rank in (0, 16383))
+    assert "layout: 16384 ranks, 32 replicated × 2 sharded × 16 context × 8 tensor × 2 pipeline\n" in first
+    assert "stage: 0 of 2, counted from 0: tok_embeddings, layers 0 to 2\n" in first
+    assert "stage: 1 of 2, counted from 0: layers 3 to 5, norm, output\n" in last
+    block, vocabulary, norm = 4 * 256 * 256 + 3 * 256 * 768, 2048 * 256, 256
+    shares = (3 * block + vocabulary) // 256 + 3 * 2 * norm // 32, (3 * block + vocabulary) // 256 + 7 * norm // 32
+    assert (held(first)["parameters"][0], held(last)["parameters"][0]) == shares
 
 
 def test_it_refuses_what_a_real_run_would() -> None:

@@ -37,8 +37,7 @@ def _layouts(degrees: Degrees) -> Iterator[str]:
         kind, degree = ("shard", degrees.dp_shard) if degrees.dp_shard > 1 else ("replicate", degrees.dp_replicate)
         yield (
             f"parallelism.data_parallel_{kind}_degree = {degree}: {MODE} there is no data parallelism: FSDP2 resizes"
-            f" storages, which torch's LocalTensor does not have; start the {share} ranks that share a sequence"
-            " (context × tensor)"
+            f" storages, which torch's LocalTensor does not have; start {share} in all: context × tensor"
         )
     if degrees.pp > 1:
         yield (
