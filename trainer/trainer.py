@@ -213,9 +213,9 @@ class Trainer:
         """The norm of the gradients of the whole model, 0-d."""
         group, copies = self.dims.group("pp"), self.pipeline.tied.copies if self.pipeline else set()
         if self.early:
-            return self.early.finish(group, copies).to(self.device)
+            return self.early.finish(group, copies, self.device)
         counted = [parameter for parameter in self.parameters if parameter not in copies]
-        return gradient_norm(counted, group).to(self.device)  # of offloaded ones it is on the host
+        return gradient_norm(counted, group, self.device)
 
     def accumulate(self, batch: Batch) -> tuple[RowLoss, Tensor]:
         """Gradients of this rank's rows, and the rows' losses; the divisor is the valid labels of the global batch."""

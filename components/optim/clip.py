@@ -39,28 +39,34 @@ class Squares:
             self._by_layout[layout] = self._by_layout[layout] + square if layout in self._by_layout else square
 
     @torch.no_grad()
-    def norm(self, group: ProcessGroup | None = None) -> Tensor:
+    def norm(self, group: ProcessGroup | None = None, device: torch.device | None = None) -> Tensor:
         """What `gradient_norm` says of all gradients that were added. Collective."""
         squares = []
         for (_, mesh, dims), square in sorted(self._by_layout.items(), key=_in_order):  # the same on all ranks
             for dim in dims:
                 all_reduce_sum(square, mesh.get_group(dim) if mesh else None)
             squares.append(square)
-        if not squares:
-            return all_reduce_sum(torch.zeros((), dtype=torch.float64), group).sqrt().float()
-        total = torch.stack([square.to(squares[0].device) for square in squares]).sum()
+        device = device or (squares[0].device if squares else None)
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for square in squares:
+            total = total + square.to(total.device)
         return all_reduce_sum(total, group).sqrt().float()
 
 
-def gradient_norm(parameters: Iterable[nn.Parameter], group: ProcessGroup | None = None) -> Tensor:
+def gradient_norm(
+    parameters: Iterable[nn.Parameter], group: ProcessGroup | None = None, device: torch.device | None = None
+) -> Tensor:
     """The norm of all gradients as one vector: a plain 0-d fp32 tensor, equal on all ranks. It does not sync.
 
     Sharded gradients are added up over the mesh dimensions that shard them, replicated ones count once. `group` are
     ranks that hold other parameters of the same model (pipeline stages). 0 if there are no gradients.
+
+    The norm is on `device`, by default that of the first gradient. With a `group`, give it: ranks that have no gradient
+    and ranks whose gradients are offloaded must reduce on one device, since each has a back end of its own.
     """
     squares = Squares()
     squares.add(_gradients(parameters))
-    return squares.norm(group)
+    return squares.norm(group, device)
 
 
 @torch.no_grad()

@@ -36,7 +36,12 @@ class EarlyStep:
         """Before each microbatch's backward: `last` of the step, so that gradients are complete after it?"""
         self._armed = last
 
-    def finish(self, group: ProcessGroup | None = None, uncounted: Collection[nn.Parameter] = ()) -> Tensor:
+    def finish(
+        self,
+        group: ProcessGroup | None = None,
+        uncounted: Collection[nn.Parameter] = (),
+        device: torch.device | None = None,
+    ) -> Tensor:
         """After the last backward: step what it did not reach, such as experts without tokens, and give the norm.
 
         As `gradient_norm`; collective. `uncounted` are second copies of a parameter, which the norm leaves out.
@@ -44,7 +49,7 @@ class EarlyStep:
         for parameter in self._optimizers.parameters:
             if parameter.grad is not None:
                 self._step(parameter, counted=parameter not in uncounted)
-        norm = self._squares.norm(group)
+        norm = self._squares.norm(group, device)
         self._armed, self._squares, self._stepped = False, Squares(), set()
         return norm
 

@@ -201,7 +201,7 @@ def norm_of_a_stage(patch: Patch) -> None:
     from trainer import trainer
 
     original = trainer.gradient_norm
-    patch(trainer, "gradient_norm", lambda parameters, group: original(parameters, None))
+    patch(trainer, "gradient_norm", lambda parameters, group, device: original(parameters, None, device))
 
 
 def experts_averaged(patch: Patch) -> None:

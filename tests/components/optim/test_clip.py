@@ -124,6 +124,12 @@ def test_summands_and_stages() -> None:
     assert run_ranks(2, _partial_and_group) == [(5.0, 5.0), (5.0, 5.0)]
 
 
+def test_the_norm_is_where_it_is_asked_for() -> None:
+    """Ranks with and without gradients, or with offloaded ones, must reduce on the same device."""
+    for parameters in ([], _parameters([3.0, 4.0])):
+        assert gradient_norm(parameters, device=torch.device("meta")).device.type == "meta"
+
+
 def test_the_norm_of_large_gradients_is_accurate_however_they_are_cut() -> None:
     """fp32 sums over millions of elements drift by their length, and so by the layout: a shard is shorter."""
     whole = torch.full((4096, 1024), 0.1)
