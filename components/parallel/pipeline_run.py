@@ -90,20 +90,26 @@ class Pipeline:
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, inputs: dict[str, Tensor]) -> RowLoss:
-        """The losses of any number of rows, without gradients; zeros but on the last stage."""
+        """The losses of any number of rows, without gradients; zeros but on the last stage.
+
+        A stage asks for all it will receive before it sends: two ranks that send to each other in turns would each
+        wait for the other where messages of a pair go in order, as NCCL's do.
+        """
         size = self.config.pipeline_parallel_microbatch_size
         pieces = [slice(start, start + size) for start in range(0, batch.rows, size)]
         self._results = []
         kept: list[tuple[Any, Tensor]] = []  # what is sent must stay until it has left
         handed: list[Tensor] = []
         for stage in self.stages:
-            before, handed = handed, []
-            for n, piece in enumerate(pieces):
-                rows = batch.slice(piece.start, piece.stop)
-                x = before[n] if before else self._input(stage, rows)
+            rows = [batch.slice(piece.start, piece.stop) for piece in pieces]
+            coming = [(None, x) for x in handed] or [self._input(stage, part) for part in rows]
+            handed = []
+            for part, piece, (arrival, x) in zip(rows, pieces, coming, strict=True):
+                if arrival is not None:
+                    arrival.wait()
                 out = stage.module(x, **{name: value[piece] for name, value in inputs.items()})
                 if stage.last:
-                    self._results.append(self._loss(out, stage.module, rows))
+                    self._results.append(self._loss(out, stage.module, part))
                 elif stage.ranks[stage.index + 1] == self.axis.rank:
                     handed.append(out)
                 else:
@@ -124,12 +130,12 @@ class Pipeline:
             return RowLoss(zeros, zeros.long())
         return RowLoss(torch.cat([r.sums for r in results]), torch.cat([r.counts for r in results]))
 
-    def _input(self, stage: Stage, rows: Batch) -> Tensor:
+    def _input(self, stage: Stage, rows: Batch) -> tuple[Any, Tensor]:
+        """A stage's input, and what to wait for before it is there."""
         if stage.first:
-            return rows.tokens
+            return None, rows.tokens
         x = self._border(stage, *rows.tokens.shape, device=rows.tokens.device)
-        dist.recv(x, group=self.axis.group, group_src=stage.ranks[stage.index - 1])
-        return x
+        return dist.irecv(x, group=self.axis.group, group_src=stage.ranks[stage.index - 1]), x
 
     def _send(self, out: Tensor, stage: Stage) -> Any:
         return dist.isend(out, group=self.axis.group, group_dst=stage.ranks[stage.index + 1])
@@ -158,7 +164,7 @@ class Pipeline:
     def _torch_stage(self, stage: Stage, rows: int, seq: int, device: torch.device) -> PipelineStage:
         hidden = self._border(stage, rows, seq, torch.device("meta")).requires_grad_()
         tokens = torch.empty(rows, seq, dtype=torch.int64, device="meta")
-        make = _FakeStage if self._fake else PipelineStage
+        make = _FakeStage if self._fake else _Stage
         return make(
             stage.module,
             stage.index,
@@ -187,7 +193,19 @@ def can_split_backward(job: JobConfig) -> bool:
     return job.activation_checkpoint.mode == "none" and not compiled and not freed
 
 
-class _FakeStage(PipelineStage):
+class _Stage(PipelineStage):
+    """torch's stage, mended for torch 2.11: there it greets neighbours on its own rank, which gloo cannot; and a stage
+    of nothing but the head, whose output is its input, detaches the buffer that it receives into."""
+
+    def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().forward_maybe_with_nosync(*args, **kwargs)
+        return out.view_as(out) if args and out is args[0] else out
+
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
+
+
+class _FakeStage(_Stage):
     """A stage whose neighbours do not exist: torch's stages vote on whether all shapes are given, which they are."""
 
     def _warmup_forward_vote(self, has_backward: bool, received_acc: Tensor | None = None) -> Any:

@@ -10,6 +10,7 @@ two, and which need sizes that divide. Modules that hold all-gathers of their ow
 rejected too: one gather serves all columns of a `Gathered` module.
 """
 
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -77,11 +78,14 @@ def overlap(mesh: DeviceMesh) -> None:
             "parallelism.enable_async_tensor_parallel = true: overlaps through CUDA's symmetric memory, but the device"
             f" is {mesh.device_type}; set it to false"
         )
-    # Neither switch has a public name yet; torch documents both for exactly this use.
-    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+    from torch.distributed import _symmetric_memory
 
+    # Neither has a public name. The second is deprecated, but up to torch 2.13 the first passes over groups without it.
     torch._inductor.config._micro_pipeline_tp = True
-    enable_symm_mem_for_group(mesh.get_group().group_name)
+    if enable := getattr(_symmetric_memory, "enable_symm_mem_for_group", None):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            enable(mesh.get_group().group_name)
 
 
 def _present(model: nn.Module, pattern: str) -> Iterator[tuple[str, nn.Module]]:
