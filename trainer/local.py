@@ -20,6 +20,7 @@ from components.mesh.parallel_dims import ParallelDims
 from components.parallel.one_process import spread
 from components.parallel.pipeline import Stage
 from components.runtime import distributed
+from components.runtime.logging import logger
 from trainer.build import DTYPES, Model, build_on_meta, materialize, zero_buffers
 from trainer.command import world_size
 from trainer.trainer import Trainer
@@ -54,6 +55,9 @@ class LocalTrainer(Trainer):
         materialize(model, self.device)
         zero_buffers(model, self.device)
         initialize(model, cast(Model, model).inits(), self.seed)
+        config = self.job.parallelism
+        if config.context_parallel_degree > 1 and config.context_parallel_rotate_method == "alltoall":
+            logger.info("note: who sends to whom cannot be said for all ranks at once: keys are gathered, not rotated")
         with self.mode:
             self.spec.parallelize_fn(model, self.dims, self.job, self.dtype)
         return [Stage(0, 1, model)]
