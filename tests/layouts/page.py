@@ -82,8 +82,8 @@ def _checked() -> Iterator[str]:
 
 
 REFUSALS = """\
-`check` and the start of training say so before anything is built, with the numbers. First, what does not divide: heads by
-the tensor degree, or by what ulysses needs; the sequence by tensor × context ranks (twice, with head-tail balance);
+`check` and the start of training say so before anything is built, with the numbers. First, what does not divide: heads
+by the tensor degree, or by what ulysses needs; the sequence by tensor × context ranks (twice, with head-tail balance);
 experts and their width by the expert degrees; layers into stages; rows into microbatches, of which 1F1B and DualPipeV
 need one for each stage. Second, what the rows below show.
 """
