@@ -53,12 +53,13 @@ def compare_ranks(trainer: Trainer) -> None:
     every, step = trainer.job.debug.compare_ranks, trainer.progress.step
     if not every or step % every:
         return
-    named = [pair for model in trainer.models for pair in model.named_parameters()]
-    gradients = _gather(numbers_of((name, p.grad) for name, p in named if p.grad is not None))
-    weights = _gather(numbers_of(named))
+    parts = [list(model.named_parameters()) for model in trainer.models]  # two stages may hold the same parameter
+    gradients = _gather([numbers_of((name, p.grad) for name, p in named if p.grad is not None) for named in parts])
+    weights = _gather([numbers_of(named) for named in parts])
     if trainer.world.rank:
         return
-    totals = [math.sqrt(sum(norm * norm for norm, _ in held.values())) for held in gradients]
+    merged = [{piece: numbers for part in held for piece, numbers in part.items()} for held in gradients]
+    totals = [math.sqrt(sum(norm * norm for norm, _ in held.values())) for held in merged]
     found = {"gradients": compare(gradients), "weights": compare(weights)}
     for what, (shared, worst) in found.items():
         _log(step, what, shared, worst)
@@ -75,14 +76,15 @@ def numbers_of(named: Iterable[tuple[str, Tensor]]) -> dict[Piece, Numbers]:
     return {(name, _place(value)): _numbers(value) for name, value in named}
 
 
-def compare(held: Sequence[Mapping[Piece, Numbers]]) -> tuple[int, list[Disagreement]]:
-    """How many pieces several ranks hold, and those on which they disagree, the worst first. `held`: by rank."""
-    holders: dict[Piece, list[int]] = defaultdict(list)
-    for rank, pieces in enumerate(held):
-        for piece in pieces:
-            holders[piece].append(rank)
-    shared = {piece: ranks for piece, ranks in holders.items() if len(ranks) > 1}
-    found = [_judge(piece[0], ranks, [held[rank][piece] for rank in ranks]) for piece, ranks in shared.items()]
+def compare(held: Sequence[Sequence[Mapping[Piece, Numbers]]]) -> tuple[int, list[Disagreement]]:
+    """How many pieces are held more than once, and those whose holders disagree, the worst first. `held`: by rank, and
+    by pipeline stage of the rank."""
+    holders: dict[Piece, list[tuple[int, Numbers]]] = defaultdict(list)
+    for rank, parts in enumerate(held):
+        for piece, numbers in (item for part in parts for item in part.items()):
+            holders[piece].append((rank, numbers))
+    shared = {piece: copies for piece, copies in holders.items() if len(copies) > 1}
+    found = [_judge(piece[0], [c[0] for c in copies], [c[1] for c in copies]) for piece, copies in shared.items()]
     worst = [one for one in found if not one.difference <= AGREE]  # what is no number agrees with nothing
     return len(shared), sorted(worst, key=lambda one: (-one.difference, one.parameter))
 
@@ -110,7 +112,7 @@ def _numbers(value: Tensor) -> Numbers:
     return float(local.norm()), float(local @ unit)
 
 
-def _gather(mine: dict[Piece, Numbers]) -> list[dict[Piece, Numbers]]:
+def _gather(mine: list[dict[Piece, Numbers]]) -> list[list[dict[Piece, Numbers]]]:
     """Those of all ranks, on rank 0."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [mine]

@@ -70,19 +70,20 @@ def test_the_wrong_replica_is_named(tmp_path: Path) -> None:
 
 
 def test_pieces_of_different_places_are_not_compared() -> None:
-    held: list[dict[Piece, Numbers]] = [
-        {("w", (0,)): (1.0, 0.5)},
-        {("w", (1,)): (2.0, 0.5)},
-        {("w", (0,)): (1.0, 0.5)},
-        {("w", (1,)): (4.0, 0.5)},
+    held: list[list[dict[Piece, Numbers]]] = [
+        [{("w", (0,)): (1.0, 0.5)}],
+        [{("w", (1,)): (2.0, 0.5)}],
+        [{("w", (0,)): (1.0, 0.5)}],
+        [{("w", (1,)): (4.0, 0.5)}],
     ]
     assert compare(held) == (2, [Disagreement("w", [1, 3], [2.0, 4.0], 0.5)])
 
 
 def test_what_is_no_number_disagrees_and_order_counts() -> None:
-    (found,) = compare([{("w", ()): (1.0, 0.0)}, {("w", ()): (math.nan, 0.0)}])[1]
+    (found,) = compare([[{("w", ()): (1.0, 0.0)}], [{("w", ()): (math.nan, 0.0)}]])[1]
     assert (found.ranks, found.difference) == ([0, 1], math.inf)
     values = torch.tensor([3.0, 4.0])
     here, there = numbers_of([("w", values)]), numbers_of([("w", values.flip(0))])
     assert here["w", ()][0] == there["w", ()][0] == 5.0
-    assert [one.parameter for one in compare([here, there])[1]] == ["w"]
+    assert [one.parameter for one in compare([[here], [there]])[1]] == ["w"]
+    assert [(one.parameter, one.ranks) for one in compare([[here, there]])[1]] == [("w", [0, 0])]  # stages of one rank
