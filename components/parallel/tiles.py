@@ -65,7 +65,9 @@ class _TiledAttention(torch.autograd.Function):
             for tile in tiles:
                 _add_tile(merged, q, kv.split(ctx.widths, dim=-1), mask, tile)
             kv = kv if pending is None else _arrived(pending, kv)
-        out = torch.cat([merged[start][0] for start in sorted(merged)], dim=2).to(q.dtype)
+        out = torch.cat([merged[start][0] for start in sorted(merged)], dim=2)
+        if out.dtype != q.dtype:  # where `to` has nothing to do, torch 2.11 compiles it to an output without a gradient
+            out = out.to(q.dtype)
         lse = torch.cat([merged[start][1] for start in sorted(merged)], dim=2)
         ctx.save_for_backward(q, k, v, mask, out, lse)
         return out
