@@ -7,6 +7,12 @@ from collections.abc import Iterator
 from components.config.job_config import JobConfig
 
 
+def head_problems(head_dim: int) -> Iterator[str]:
+    """A width of heads that rotary positions cannot pair."""
+    if head_dim % 2:
+        yield f"model.flavor: heads are {head_dim} wide, but rotary positions turn pairs: the width must be even"
+
+
 def tensor_problems(job: JobConfig, n_heads: int, n_kv_heads: int) -> Iterator[str]:
     """Heads that tensor parallelism cannot deal out. All other sizes may be uneven."""
     degree = job.parallelism.tensor_parallel_degree

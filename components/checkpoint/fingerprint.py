@@ -53,6 +53,9 @@ _HOW_KEYS = (
     "debug.deterministic_warn_only",
 )
 
+_SAME = {("loss.name", "chunked_cross_entropy"): "cross_entropy"}
+"""Values of keys that compute the same in another way, and what they count as."""
+
 
 @dataclass(frozen=True)
 class JobIdentity:
@@ -84,6 +87,7 @@ def fingerprint_of(job: JobConfig, resolved: Mapping[str, Any]) -> dict[str, Any
     if not job.model.converters:
         keys = {key: value for key, value in keys.items() if not _within(key, "quantize")}
     keys = {key: value for key, value in keys.items() if not any(_within(key, how) for how in _HOW_KEYS)}
+    keys = {key: _SAME.get((key, value), value) if isinstance(value, str) else value for key, value in keys.items()}
     return json.loads(json.dumps({**keys, **resolved}))
 
 

@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 from components.config.job_config import JobConfig
 from components.parallel.pipeline_cut import cut_problems
-from models.limits import context_problems, expert_problems, one_process_problems, tensor_problems
+from models.limits import context_problems, expert_problems, head_problems, one_process_problems, tensor_problems
 
 ORDER = ("tok_embeddings", "layers.*", "norm", "output")
 """The modules in the order in which they run: where a pipeline can cut."""
@@ -87,7 +87,11 @@ class Llama3Args:
 
     def problems(self, job: JobConfig) -> list[str]:
         """Why this shape cannot run in that layout; empty if it can. Each line begins with a dotted key."""
-        found = [*expert_problems(job), *tensor_problems(job, self.n_heads, self.n_kv_heads)]
+        found = [
+            *head_problems(self.head_dim),
+            *expert_problems(job),
+            *tensor_problems(job, self.n_heads, self.n_kv_heads),
+        ]
         found += one_process_problems(job, vocab_size=self.vocab_size, ffn_hidden=self.ffn_hidden)
         found += context_problems(job, self.n_heads)
         found += cut_problems(job.parallelism, ORDER, self.n_layers)

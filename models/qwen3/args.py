@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from components.config.job_config import JobConfig
 from components.parallel.pipeline_cut import cut_problems
-from models.limits import context_problems, expert_problems, one_process_problems, tensor_problems
+from models.limits import context_problems, expert_problems, head_problems, one_process_problems, tensor_problems
 
 ORDER = ("tok_embeddings", "layers.*", "norm", "output")
 """The modules in the order in which they run: where a pipeline can cut."""
@@ -91,6 +91,7 @@ class Qwen3Args:
     def problems(self, job: JobConfig) -> list[str]:
         """Why this shape cannot run in that layout; empty if it can. Each line begins with a dotted key."""
         found = [*expert_problems(job, self.n_experts, self.experts.hidden if self.experts else 0)]
+        found += head_problems(self.head_dim)
         found += tensor_problems(job, self.n_heads, self.n_kv_heads)
         found += one_process_problems(job, vocab_size=self.vocab_size, ffn_hidden=self.ffn_hidden)
         found += context_problems(job, self.n_heads)

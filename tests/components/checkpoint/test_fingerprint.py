@@ -30,8 +30,8 @@ def differences(job: JobConfig) -> list[str]:
         (change("model", flavor="8B"), ['model.flavor: "debugmodel" saved, "8B" now']),
         (change("data", document_mask=True), ["data.document_mask: false saved, true now"]),
         (
-            change("loss", name="chunked_cross_entropy"),
-            ['loss.name: "cross_entropy" saved, "chunked_cross_entropy" now'],
+            change("loss", name="z_loss"),
+            ['loss.name: "cross_entropy" saved, "z_loss" now'],
         ),
         (change("optimizer", lr=1e-3), ["optimizer.lr: 0.0008 saved, 0.001 now"]),
         (change("lr_scheduler", total_steps=100), ["lr_scheduler.total_steps: null saved, 100 now"]),
@@ -54,6 +54,7 @@ def test_what_is_computed_belongs_to_the_job(job: JobConfig, expected: list[str]
         change("training", dataloader=replace(DEFAULT.training.dataloader, num_workers=4)),
         change("optimizer", implementation="foreach"),
         change("loss", chunk_tokens=7),
+        change("loss", name="chunked_cross_entropy"),
         change("parallelism", tensor_parallel_degree=2),
         change("activation_checkpoint", mode="full"),
         change("compile", enable=True),

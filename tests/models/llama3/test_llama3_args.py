@@ -105,6 +105,12 @@ def test_heads_decide_the_tensor_parallel_degree(heads: int, kv_heads: int, degr
     assert args.problems(job) == ([] if end is None else [start + end])
 
 
+def test_heads_must_have_pairs_to_turn() -> None:
+    assert replace(FLAVORS["debugmodel"], dim=80).problems(JobConfig()) == [
+        "model.flavor: heads are 5 wide, but rotary positions turn pairs: the width must be even"
+    ]
+
+
 def test_an_unused_validation_length_is_no_problem() -> None:
     job = JobConfig(validation=Validation(enable=False, seq_len=200000))
     assert FLAVORS["8B"].problems(job) == []
