@@ -21,9 +21,6 @@ from trainer.config.validate import validate
 
 KEYS = schema_of(JobConfig).names
 
-ONE_VALUE_OF_MANY = {"comm.mode"}
-"""Keys that do something, but not with every value yet: shown, and refused with that value."""
-
 FLOAT8, MX = "--model.converters=quantize.linear.float8", "--model.converters=quantize.linear.mx"
 FLOAT8_EXPERTS = "--model.converters=quantize.grouped_mm.float8"
 MX_EXPERTS = "--model.converters=quantize.grouped_mm.mx"
@@ -49,11 +46,6 @@ REFUSED = {
     "memory_estimation.enable": (
         ("--memory_estimation.enable",),
         "true: not yet supported: the dry run takes its place: COMM_MODE=fake_backend ./run_train.sh; set it to false",
-    ),
-    "comm.mode": (
-        ("--comm.mode=local_tensor",),
-        '"local_tensor": not yet supported: all ranks in one process is not there yet; "fake_backend" is the dry run,'
-        ' "default" trains',
     ),
     "checkpoint.initial_load_in_hf": (
         (SAVES, "--checkpoint.initial_load_in_hf"),
@@ -145,11 +137,10 @@ def problems(arguments: tuple[str, ...], ranks: int = 1) -> list[str]:
 
 
 def test_every_key_is_in_one_place() -> None:
-    places = Counter([*shown(), *({*REFUSED} - ONE_VALUE_OF_MANY), *SETTINGS, *NEVER])
+    places = Counter([*shown(), *REFUSED, *SETTINGS, *NEVER])
     assert sorted(KEYS - {*places}) == [], "no test shows what these do: mark one with @pytest.mark.shows"
     assert {key: shown().get(key) for key in {*places} - KEYS} == {}, "these are no keys"
     assert {key: shown().get(key) for key, count in places.items() if count > 1} == {}, "these are in two places"
-    assert {*shown()} >= ONE_VALUE_OF_MANY
 
 
 def test_every_refusal_is_tested() -> None:
