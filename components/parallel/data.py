@@ -10,7 +10,8 @@ Gradients are summed over ranks, never averaged: the trainer's loss is already d
 """
 
 from functools import partial
-from typing import Any
+from itertools import pairwise
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -88,6 +89,7 @@ def shard(
         fully_shard(head, **shared, mp_policy=policy, reshard_after_forward=always)
     fully_shard(model, **shared, mp_policy=policy, reshard_after_forward=False)
     _sum_gradients(model)
+    _gather_ahead(model, plan)
     _free_after_evaluation(model, head)
 
 
@@ -124,6 +126,25 @@ def _units(model: nn.Module, plan: Plan) -> list[nn.Module]:
 
 def _experts(model: nn.Module, plan: Plan) -> list[nn.Module]:
     return [layer.get_submodule("experts") for layer in find(model, plan.experts).values()]
+
+
+def _gather_ahead(model: nn.Module, plan: Plan) -> None:
+    """Ask for the next block's parameters before a block computes, where experts make the host wait for the device.
+
+    Elsewhere the host runs ahead and asks early enough by itself. The price is a second block's parameters in memory.
+    """
+    if not plan.experts:
+        return
+    inside = {id(experts) for experts in _experts(model, plan)}
+    blocks = [
+        [block, *(part for part in block.modules() if id(part) in inside)]
+        for block in find(model, plan.blocks).values()
+        if isinstance(block, FSDPModule)
+    ]
+    for (block, *_), following in pairwise(blocks):
+        cast(FSDPModule, block).set_modules_to_forward_prefetch(cast(list[FSDPModule], following))
+    for (block, *_), following in pairwise(reversed(blocks)):
+        cast(FSDPModule, block).set_modules_to_backward_prefetch(cast(list[FSDPModule], following))
 
 
 def _even_dimension(ranks: int, parameter: nn.Parameter) -> Shard:

@@ -2,12 +2,13 @@
 
 import functools
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from components.config.compute import ActivationCheckpoint, Compile
@@ -208,6 +209,21 @@ def held(degrees: Degrees) -> dict[str, tuple[int, ...]]:
     model = build_stages(load(), ARGS, NOTHING, dims, torch.device("cpu"), torch.float32, seed=3)[0].module
     named = model.get_submodule("layers.0.moe.experts").named_parameters()
     return {name: tuple(p.to_local().shape) for name, p in named if isinstance(p, DTensor)}
+
+
+def gathered_ahead(degrees: Degrees) -> list[list[str]]:
+    """What the first block asks for ahead of its forward, the last of its backward; torch has no public name for it."""
+    dims = ParallelDims.build(degrees, "cpu")
+    model = build_stages(load(), ARGS, NOTHING, dims, torch.device("cpu"), torch.float32, seed=3)[0].module
+    names = {module._get_fsdp_state(): name for name, module in model.named_modules() if isinstance(module, FSDPModule)}
+    first, last = (cast(FSDPModule, model.get_submodule(f"layers.{i}"))._get_fsdp_state() for i in (0, 1))
+    found = (first._states_to_forward_prefetch, last._states_to_backward_prefetch)
+    return [[names[state] for state in states] for states in found]
+
+
+def test_a_block_asks_for_the_next_ones_parameters_and_experts() -> None:
+    for found in run_ranks(2, gathered_ahead, Degrees(dp_shard=2, ep=2)):
+        assert found == [["layers.1", "layers.1.moe.experts"], ["layers.0", "layers.0.moe.experts"]]
 
 
 @pytest.mark.parametrize(
