@@ -48,6 +48,7 @@ class ParallelDims:
         self.degrees = degrees
         self.rank = rank
         self._views = views
+        self._slices: dict[tuple[str, ...], DeviceMesh] = {}
 
     @classmethod
     def build(cls, degrees: Degrees, device_type: str) -> "ParallelDims":
@@ -77,7 +78,7 @@ class ParallelDims:
             return None
         if view == "loss" and view not in self._views:  # batch or cp is 1: the other one is the loss mesh
             return self.mesh("batch", "cp")
-        return self._views[view][large] if view in self._views else None
+        return self._slice(view, large) if view in self._views else None
 
     def parameter_mesh(self) -> DeviceMesh | None:
         """The mesh that dense parameters live on: (dp_replicate, fsdp) with several replicas, else (fsdp,).
@@ -87,13 +88,13 @@ class ParallelDims:
         """
         if "dense" not in self._views:
             return None
-        return self._views["dense"][("dp_replicate", "fsdp") if self.degrees.dp_replicate > 1 else ("fsdp",)]
+        return self._slice("dense", ("dp_replicate", "fsdp") if self.degrees.dp_replicate > 1 else ("fsdp",))
 
     def expert_mesh(self) -> DeviceMesh | None:
         """The mesh that experts' parameters live on besides (ep, etp): as `parameter_mesh`, with `efsdp` for `fsdp`."""
         if "sparse" not in self._views:
             return self.parameter_mesh()
-        return self._views["sparse"][("dp_replicate", "efsdp") if self.degrees.dp_replicate > 1 else ("efsdp",)]
+        return self._slice("sparse", ("dp_replicate", "efsdp") if self.degrees.dp_replicate > 1 else ("efsdp",))
 
     def axis(self, name: str) -> Axis | None:
         """One dimension for `components.mesh.collectives`; None if its size is 1."""
@@ -114,6 +115,13 @@ class ParallelDims:
         """The process group of one dimension; None if its size is 1, so that there is nothing to reduce."""
         mesh = self.mesh(name)
         return None if mesh is None else mesh.get_group()
+
+    def _slice(self, view: str, names: tuple[str, ...]) -> DeviceMesh:
+        """A mesh that lives as long as this: LocalTensorMode knows meshes by their `id`, and takes one that is made
+        anew for a dead one that stood at the same address."""
+        if (view, *names) not in self._slices:
+            self._slices[view, *names] = self._views[view][names]
+        return self._slices[view, *names]
 
 
 def _owner(names: tuple[str, ...]) -> str:

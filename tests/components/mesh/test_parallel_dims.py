@@ -123,3 +123,28 @@ def test_fake_ranks_in_fake_tensor_mode(world: int) -> None:
     replica = 0 if world > 64 else 1
     assert data == 1
     assert found == {"loss": (batch, 1), "dp_replicate": (2, replica), **fsdp, "tp": (8, 1), "pp": (4, 2)}
+
+
+def _coordinates_of_all_ranks(degrees: Degrees) -> tuple[bool, list[list[int]]]:
+    """In one process; meshes of this mode are asked for again and again, as training steps do."""
+    from torch.distributed._local_tensor import LocalTensorMode  # no public name yet
+
+    from components.runtime import distributed
+
+    distributed.init_fake(degrees.world)
+    mode = LocalTensorMode(degrees.world)
+    found: list[list[int]] = []
+    with mode:
+        dims = ParallelDims.build(degrees, "cpu")
+        for name in ("cp", "tp", "fsdp") * 50:
+            axis = dims.axis(name)
+            rank: Any = axis.rank if axis else None
+            found.append([rank.node._local_ints[r] for r in range(degrees.world)])  # there is no public way to read it
+        return dims.mesh("tp") is dims.mesh("tp"), found
+
+
+def test_meshes_are_told_apart_with_all_ranks_in_one_process() -> None:
+    same, found = run_ranks(1, _coordinates_of_all_ranks, Degrees(cp=2, tp=2), backend=None)[0]
+    assert same
+    cp, tp = [0, 0, 1, 1], [0, 1, 0, 1]
+    assert found == [cp, tp, cp] * 50
