@@ -136,13 +136,13 @@ def check(case: Case) -> dict[str, Tensor]:
 slow = pytest.mark.slow
 LAYOUTS = {
     "ep 2": Degrees(dp_shard=2, ep=2),
+}
+MORE = {
     "fsdp 2 x ep 2": Degrees(dp_shard=4, ep=2),
     "hsdp 2 x ep 2": Degrees(dp_replicate=2, dp_shard=2, ep=2),
     "cp 2 x tp 2, ep 4": Degrees(cp=2, tp=2, ep=4),
     "fsdp 2 x tp 2, ep 2, etp 2": Degrees(dp_shard=2, tp=2, ep=2, etp=2),
     "tp 2": Degrees(tp=2),
-}
-MORE = {
     "fsdp 2": Degrees(dp_shard=2),
     "ep 4": Degrees(dp_shard=4, ep=4),
     "tp 2, etp 2": Degrees(tp=2, etp=2),

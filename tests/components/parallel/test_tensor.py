@@ -118,7 +118,7 @@ slow = pytest.mark.slow
         pytest.param(ONE_KV, Degrees(tp=4), replace(CHUNKED, parallelism=GATHERED), id="tp 4, chunked, gathered"),
         pytest.param(ARGS, FSDP_TP, BY_OP, id="fsdp 2, tp 2, recompute by op"),
         pytest.param(ARGS, FSDP_TP, OFFLOAD, id="fsdp 2, tp 2, offloaded"),
-        pytest.param(THREE, Degrees(tp=3), COMPILED, id="tp 3, compiled"),
+        pytest.param(THREE, Degrees(tp=3), COMPILED, id="tp 3, compiled", marks=slow),
         pytest.param(TIED, FSDP_TP, replace(COMPILED, activation_checkpoint=NONE), id="compiled, none", marks=slow),
         pytest.param(ARGS, FSDP_TP, replace(COMPILED, activation_checkpoint=FULL), id="compiled, full", marks=slow),
         pytest.param(ARGS, FSDP_TP, replace(BY_OP, compile=COMPILED.compile), id="compiled, by op", marks=slow),
