@@ -101,6 +101,7 @@ CONTEXT = (
     fast("llama/untied", "cp=2 rotate=ulysses", "causal"),
     fast("llama/untied", "cp=2 rotate=ulysses balance=none", "causal"),
     fast("llama/untied", "ddp=2 cp=2 rotate=alltoall", "by-op bf16"),
+    fast("llama/untied", "ddp=2 cp=2"),
     fast("llama/tied", "fsdp=2 cp=2", "selective chunked never"),
     fast("llama/untied", "tp=2 cp=2 rotate=ulysses", "accumulate recompute always"),
     slow("llama/untied", "cp=4"),
@@ -136,6 +137,7 @@ PIPELINE = (
     fast("llama/tied", "pp=4"),  # the two in the middle have neither tokens nor loss
     fast("llama/tied", "ddp=2 pp=2", "causal"),
     fast("llama/tied", "fsdp=2 pp=2", "by-op bf16"),
+    fast("llama/tied", "fsdp=2 pp=2"),
     fast("llama/tied", "tp=2 pp=2", "accumulate recompute always"),
     fast("llama/tied", "cp=2 pp=2", "selective chunked never"),
     slow("llama/untied", "pp=2 micro=2"),

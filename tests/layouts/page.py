@@ -25,7 +25,7 @@ written out, without any of the code that lays a model out.
 | every parameter's first gradient, before clipping: norm of the difference | 1e-5 ¹ |
 | every parameter's update after three steps of AdamW (`eps` 1e-5): norm of the difference | 1e-3 |
 | copies of a gradient or a parameter on several ranks | 1e-5 |
-| the same in bf16, against a plain loop that casts alike | 1e-2 (numbers), 1e-1 (gradients), 2e-1 (updates) ² |
+| the same in bf16, against a plain loop that casts alike | 1e-2 (numbers), 5e-2 (gradients), 1e-1 (updates) ² |
 
 ¹ Of its norm, or of a thousandth of the global norm where that is larger.
 ² Seen at most: 3e-3, 5e-2, 9e-2, with four tensor-parallel ranks, whose summands are bf16; in fp32, on 16 ranks, 2e-6

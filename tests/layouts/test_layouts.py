@@ -69,10 +69,11 @@ def test_no_row_is_there_twice() -> None:
 
 
 def test_every_pair_of_axes_is_in_the_fast_set() -> None:
+    """With the narrow bounds: rows in bf16 do not count."""
     together = {
         pair
         for layout in MATRIX
-        if not (layout.slow or layout.refused)
+        if not (layout.slow or layout.refused or layout.low)
         for pair in itertools.combinations(axes_of(layout), 2)
     }
     assert set(itertools.combinations(used(), 2)) - together == set()
