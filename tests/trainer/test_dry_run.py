@@ -108,6 +108,8 @@ def test_every_shipped_job_can_be_built(config: Path) -> None:
     degrees = job.parallelism
     fixed = (degrees.tensor_parallel_degree, degrees.context_parallel_degree, degrees.pipeline_parallel_degree)
     ranks = max(8, math.prod(fixed), degrees.expert_parallel_degree * degrees.pipeline_parallel_degree)
+    if job.training.global_batch_size > 0:  # a fixed batch can be dealt to so many ranks only
+        ranks = min(ranks, job.training.global_batch_size // job.training.local_batch_size)
     text = dry_run(ranks, f"--job.config_file={config}", timeout=300)
     assert f"{args.parameter_count():,} parameters" in text
     if degrees.pipeline_parallel_degree == 1:
