@@ -8,18 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from components.checkpoint.checkpointer import Checkpointer
 from components.checkpoint.fingerprint import JobIdentity, require_same_job
 from components.checkpoint.manifest import Manifest
+from components.checkpoint.ranks import Ranks
 from components.checkpoint.state import ALL_BUT_MODEL, check_exclude, model_tensors, optimizer_tensors
 from components.config.job_config import JobConfig
+from components.runtime.distributed import new_host_group
 from components.runtime.errors import CheckpointError, ConfigError
 from components.runtime.logging import logger
 
@@ -40,6 +42,8 @@ class Progress:
     """Valid label tokens trained on."""
     schedule_start: int = 0
     """Step that the learning-rate schedule counts from."""
+    cursors: Tensor | None = None
+    """Where the streams of this rank's rows go on; None where they begin. # (rows, width) int64"""
 
 
 @dataclass(frozen=True)
@@ -49,16 +53,30 @@ class Parts:
     models: list[nn.Module]
     optimizers: Optimizers
     loader: Loader
+    data_rank: int
+    data_degree: int
     tied: Sequence[tuple[nn.Parameter, nn.Parameter]] = ()
     """Parameters that two of the models hold, each with its copy, which is not saved."""
 
+    @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that is a tensor, as `<part>.<name>`; the very tensors, to save from or load into."""
-        return {**self.weights(), **optimizer_tensors(self.optimizers.named_state())}
+        """Everything that is a tensor, as `<part>.<name>`; the very tensors, to save from or load into.
 
+        Looked up once, before training: a model in the midst of a forward has its gathered parameters in their places.
+        """
+        return {**self.weights, **optimizer_tensors(self.optimizers.named_state())}
+
+    @cached_property
     def weights(self) -> dict[str, Tensor]:
         """The models' tensors alone."""
         return model_tensors(self.models, [copy for _, copy in self.tied])
+
+    def table(self, cursors: Tensor | None, ranks: Ranks) -> list[list[int]]:
+        """The cursors of all rows of a batch in global order, from those of this rank's rows. Collective."""
+        if cursors is None:
+            return []
+        everyone = dict(ranks.all_gather((self.data_rank, cursors.tolist())))
+        return [row for rows in zip(*(everyone[rank] for rank in range(self.data_degree)), strict=True) for row in rows]
 
     @torch.no_grad()
     def equalize(self) -> None:
@@ -96,7 +114,7 @@ class Persistence:
         self.config = job.checkpoint
         check_exclude(self.config.exclude_from_loading)
         root = Path(job.job.dump_folder) / self.config.folder
-        group = dist.group.WORLD if dist.is_initialized() else None
+        group = new_host_group("checkpoint", job.comm.checkpoint_timeout_seconds) if self.config.enable else None
         self.store = Checkpointer(root, keep_latest_k=self.config.keep_latest_k, group=group)
         self.saved_step = -1
         if self.config.enable and not self.config.load_only:
@@ -150,7 +168,7 @@ class Persistence:
             saved, ours = _of_model(source.manifest.fingerprint), _of_model(identity.fingerprint)
             require_same_job(source.describe(), saved, ours)
         job = identity if source.own and not source.model_only else None
-        state = self.store.load(source.step, parts.tensors(), job=job, exclude=exclude, cast=source.model_only)
+        state = self.store.load(source.step, parts.tensors, job=job, exclude=exclude, cast=source.model_only)
         parts.equalize()
         if isinstance(source.step, int):
             self.saved_step = source.step
@@ -165,7 +183,7 @@ class Persistence:
 
     def save_seed(self, parts: Parts, identity: JobIdentity) -> None:
         """Save the weights as they are as step 0, in the type they are stored in; say where. Collective."""
-        tensors = parts.weights()
+        tensors = parts.weights
         stored = next((value.dtype for value in tensors.values() if value.is_floating_point()), torch.float32)
         folder = self.store.save_model(0, tensors, identity, stored)
         logger.info("seed checkpoint: %s; a run of this job without create_seed_checkpoint starts from it", folder)
@@ -177,20 +195,18 @@ class Persistence:
             return False
         return last or step % config.interval == 0 or (step == 1 and config.enable_first_step_checkpoint)
 
-    def save(
-        self, progress: Progress, table: list[list[int]], parts: Parts, identity: JobIdentity, *, weights_only: bool
-    ) -> None:
-        """Save the job as it is after `progress.step`. `table`: the loader's, from `gather_table`. Collective."""
+    def save(self, progress: Progress, parts: Parts, identity: JobIdentity, *, weights_only: bool = False) -> None:
+        """Save the job as it is after `progress.step`. Collective."""
         if weights_only:
             dtype = EXPORT_DTYPES[self.config.export_dtype]
-            self.store.save_model(progress.step, parts.weights(), identity, dtype)
+            self.store.save_model(progress.step, parts.weights, identity, dtype)
         else:
             state = {
                 "train_state": {"step": progress.step, "tokens": progress.tokens},
                 "lr_scheduler": {"start": progress.schedule_start},
-                "dataloader": parts.loader.state_dict(table),
+                "dataloader": parts.loader.state_dict(parts.table(progress.cursors, self.store.ranks)),
             }
-            self.store.save(progress.step, parts.tensors(), state, identity)
+            self.store.save(progress.step, parts.tensors, state, identity)
         self.saved_step = progress.step
 
 

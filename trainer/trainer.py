@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, MutableMapping
 from contextlib import closing
-from dataclasses import asdict
-from typing import TYPE_CHECKING, cast
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from components.checkpoint.fingerprint import JobIdentity, fingerprint_of
-from components.data.loader import Loader, StepRows, gather_table
+from components.data.loader import Loader, StepRows
 from components.mesh.batch import IGNORE, Batch, RowLoss
 from components.mesh.degrees import resolve_degrees
 from components.mesh.parallel_dims import ParallelDims
@@ -32,6 +32,7 @@ from components.runtime import distributed, logging, seeds, witness
 from components.runtime.collect import GarbageCollector
 from components.runtime.device import compute_dtype, pick_device
 from components.runtime.errors import DataError, NonFiniteError
+from components.runtime.gate import Gate
 from components.runtime.logging import logger
 from components.runtime.paths import prepare_folder
 from components.runtime.provenance import git_revision
@@ -49,6 +50,19 @@ from trainer.validator import Validator
 if TYPE_CHECKING:
     from components.config.job_config import JobConfig
     from trainer.config.load import ResolvedJob
+
+
+class StepFacts(NamedTuple):
+    """What a step has come to before the weights move."""
+
+    values: StepValues
+    """Reported; equal on all ranks."""
+    count: int
+    """Valid labels of the global batch."""
+    norm: Tensor
+    """Norm of the gradients of the whole model, 0-d."""
+    local_sums: Tensor
+    """Sums of this rank's rows' losses. # (rows,)"""
 
 
 class Trainer:
@@ -85,8 +99,10 @@ class Trainer:
         self.early = EarlyStep(self.optimizers, late) if job.optimizer.early_step_in_backward else None
         # where it stands
         tied = self.pipeline.tied.pairs if self.pipeline else []
-        self.parts = Parts(self.models, self.optimizers, self.loader, tied)
+        place = (self.dims.data_rank, self.dims.data_degree)
+        self.parts = Parts(self.models, self.optimizers, self.loader, *place, tied)
         self.progress = self.persistence.load(self.parts, self.identity)
+        self.gate, self.settled = Gate(), replace(self.progress)
         self.validator = (self.spec.build_validator_fn or Validator)(self) if job.validation.enable else None
         # what it tells
         start = self.progress.step
@@ -158,7 +174,7 @@ class Trainer:
                 self.progress.step += 1
                 values = self.train_step(rows)
                 last = is_last or self.progress.step == steps
-                self.finish_step(values, rows, last)
+                self.finish_step(values, last)
                 if last:
                     break
         if self.progress.step < steps:
@@ -193,7 +209,16 @@ class Trainer:
         logger.info("%sthe data ended after step %d of %d", nothing, step, self.job.training.steps)
 
     def train_step(self, rows: StepRows) -> StepValues:
-        """One optimizer step: gradients of the global batch's mean loss, clipped, applied if finite."""
+        """One optimizer step: gradients of the global batch's mean loss, clipped, applied if they may be."""
+        if self.early:  # weights move in backward
+            with self.gate.section():
+                return self.update(rows, self.compute(rows))
+        facts = self.compute(rows)
+        with self.gate.section():
+            return self.update(rows, facts)
+
+    def compute(self, rows: StepRows) -> StepFacts:
+        """The gradients of a step, and what is known of it on all ranks."""
         self.schedule.apply(self.progress.step - self.progress.schedule_start)
         local, valid = self.accumulate(rows.batch.to(self.device))
         compare_ranks(self)
@@ -201,13 +226,18 @@ class Trainer:
         norm = self.global_norm()
         facts = torch.stack([total.loss_sum / valid, total.max_loss, norm, total.count])  # float64, exact for counts
         loss, max_loss, grad_norm, count = facts.tolist()
-        if self.accept(loss, grad_norm, local.sums):
-            scale_gradients(self.parameters, norm, self.job.training.max_norm)
+        return StepFacts(StepValues(loss, max_loss, grad_norm), int(count), norm, local.sums)
+
+    def update(self, rows: StepRows, facts: StepFacts) -> StepValues:
+        """Apply the gradients if they may be, and count the step."""
+        if self.accept(facts.values.loss, facts.values.grad_norm, facts.local_sums):
+            scale_gradients(self.parameters, facts.norm, self.job.training.max_norm)
             self.optimizers.step()
         self.optimizers.zero_grad()
-        self.meter.add(int(count), computed=rows.batch.labels.numel() * self.dims.data_degree)
+        self.meter.add(facts.count, computed=rows.batch.labels.numel() * self.dims.data_degree)
         self.progress.tokens = self.meter.tokens
-        return StepValues(loss, max_loss, grad_norm)
+        self.settled = replace(self.progress, cursors=rows.cursors)
+        return facts.values
 
     def global_norm(self) -> Tensor:
         """The norm of the gradients of the whole model, 0-d."""
@@ -297,7 +327,7 @@ class Trainer:
         self.sinks.note({"event": "skipped_step", "step": self.progress.step, "reason": text})
         return False
 
-    def finish_step(self, values: StepValues, rows: StepRows, last: bool) -> None:
+    def finish_step(self, values: StepValues, last: bool) -> None:
         """What follows a step: validation, report, checkpoint, profile, garbage."""
         step, job = self.progress.step, self.job
         validation = None
@@ -308,18 +338,18 @@ class Trainer:
             self.sinks.log(self.meter.report(step, values, self.optimizers.lr, validation))
         self.sinks.advance(step)
         with self.meter.pause():
-            self.save(rows, last)
+            self.save(last)
         if step == self.first_step and dist.is_initialized():
             distributed.set_timeout(job.comm.train_timeout_seconds)
         self.profiler.step()
         self.collector.run(step)
 
-    def save(self, rows: StepRows, last: bool) -> None:
+    def save(self, last: bool) -> None:
         """Save a checkpoint if this step is due for one."""
         if self.persistence.is_due(self.progress.step, last):
-            table = gather_table(rows.cursors, self.dims.group("batch"))
             weights_only = last and self.job.checkpoint.last_save_model_only
-            self.persistence.save(self.progress, table, self.parts, self.identity, weights_only=weights_only)
+            with self.gate.section():
+                self.persistence.save(self.settled, self.parts, self.identity, weights_only=weights_only)
 
     def close(self) -> None:
         """Flush what is reported, end worker processes and process groups. Collective."""

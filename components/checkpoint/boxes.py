@@ -5,11 +5,14 @@ over 2 × 3 ranks it gives the last one to a rank that has none (torch 2.13), an
 of `components.mesh.counter`, which the initialization goes by as well.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import BytesIO
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, LoadPlan, SavePlan
+from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, LoadPlan, ReadItem, SavePlan
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
@@ -19,55 +22,83 @@ from components.mesh.counter import local_dims
 from components.runtime.errors import CheckpointError
 
 
-class SaveBoxes(DefaultSavePlanner):
-    """Plans to write the box that this rank holds of each tensor."""
+@dataclass(frozen=True)
+class Box:
+    """What this rank holds of a tensor: one piece of it, perhaps empty."""
 
-    def create_local_plan(self) -> SavePlan:
-        """One item for each tensor; what several ranks hold is deduplicated later, by its offsets."""
-        self.plan = SavePlan([_write_item(name, tensor) for name, tensor in self.state_dict.items()])
-        return self.plan
-
-    def lookup_object(self, index: MetadataIndex) -> Any:
-        """The box itself."""
-        return _local(self.state_dict[index.fqn])
-
-
-class LoadBoxes(DefaultLoadPlanner):
-    """Plans to read the box that this rank holds of each tensor, from whatever boxes were saved."""
-
-    def create_local_plan(self) -> LoadPlan:
-        """One item for each saved box that meets this rank's."""
-        items = []
-        for name, tensor in self.state_dict.items():
-            entry: Any = self.metadata.state_dict_metadata[name] if self.metadata else None
-            items += create_read_items_for_chunk_list(name, entry, [_box(name, tensor)])
-        return LoadPlan(items)
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        """The box itself, which is written into."""
-        return _local(self.state_dict[index.fqn])
+    data: Tensor
+    """The piece, a plain tensor."""
+    offsets: tuple[int, ...]
+    """Its first index in each dimension; an empty piece begins at the end, where no other does."""
+    shape: tuple[int, ...]
+    """Shape of the whole tensor."""
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
-
-
-def _box(name: str, tensor: Tensor) -> ChunkStorageMetadata:
-    """Where this rank's piece begins and how long it is; an empty one begins at the end, where no other does.
+def box_of(name: str, tensor: Tensor) -> Box:
+    """This rank's box of a tensor, over the tensor's own memory.
 
     Raises CheckpointError if it is no box: FSDP2 and tensor parallelism cut nothing else.
     """
     if not isinstance(tensor, DTensor):
-        return ChunkStorageMetadata(torch.Size([0] * tensor.ndim), tensor.size())
+        return Box(tensor.detach(), (0,) * tensor.ndim, tuple(tensor.shape))
     dims = local_dims(tensor)
     for held in dims:
         if len(held) and int(held[-1]) - int(held[0]) != len(held) - 1:
             raise CheckpointError(f"{name}: a rank's part of it is not one piece: {tensor.placements}")
-    offsets = [int(held[0]) if len(held) else size for held, size in zip(dims, tensor.shape, strict=True)]
-    return ChunkStorageMetadata(torch.Size(offsets), torch.Size([len(held) for held in dims]))
+    offsets = tuple(int(held[0]) if len(held) else size for held, size in zip(dims, tensor.shape, strict=True))
+    return Box(tensor.to_local().detach(), offsets, tuple(tensor.shape))
 
 
-def _write_item(name: str, tensor: Tensor) -> WriteItem:
-    box = _box(name, tensor)
-    data = TensorWriteData(box, TensorProperties.create_from_tensor(_local(tensor)), tensor.size())
-    return WriteItem(MetadataIndex(name, box.offsets), WriteItemType.SHARD, tensor_data=data)
+def boxes_of(tensors: Mapping[str, Tensor]) -> dict[str, Box]:
+    """This rank's box of each tensor. Raises CheckpointError."""
+    return {name: box_of(name, tensor) for name, tensor in tensors.items()}
+
+
+class SaveBoxes(DefaultSavePlanner):
+    """Plans to write boxes, by the names of their tensors."""
+
+    def __init__(self, boxes: Mapping[str, Box]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._boxes = boxes
+
+    def create_local_plan(self) -> SavePlan:
+        """One item for each tensor; what several ranks hold is deduplicated later, by its offsets."""
+        self.plan = SavePlan([_write_item(name, box) for name, box in self._boxes.items()])
+        return self.plan
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        """The box's data."""
+        return self._boxes[index.fqn].data
+
+
+class LoadBoxes(DefaultLoadPlanner):
+    """Plans to read boxes from whatever boxes were saved."""
+
+    def __init__(self, boxes: Mapping[str, Box]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._boxes = boxes
+
+    def create_local_plan(self) -> LoadPlan:
+        """One item for each saved box that meets this rank's."""
+        items = []
+        for name, box in self._boxes.items():
+            entry: Any = self.metadata.state_dict_metadata[name] if self.metadata else None
+            items += create_read_items_for_chunk_list(name, entry, [_chunk(box)])
+        return LoadPlan(items)
+
+    def load_bytes(self, read_item: ReadItem, value: BytesIO) -> None:
+        """Never: the inherited method would run a pickle's code. Raises CheckpointError."""
+        raise CheckpointError(f"{read_item.dest_index.fqn} is no tensor")
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        """The box's data, which are written into."""
+        return self._boxes[index.fqn].data
+
+
+def _chunk(box: Box) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(torch.Size(box.offsets), box.data.size())
+
+
+def _write_item(name: str, box: Box) -> WriteItem:
+    data = TensorWriteData(_chunk(box), TensorProperties.create_from_tensor(box.data), torch.Size(box.shape))
+    return WriteItem(MetadataIndex(name, torch.Size(box.offsets)), WriteItemType.SHARD, tensor_data=data)

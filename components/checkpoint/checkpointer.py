@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from components.checkpoint import storage
+from components.checkpoint.boxes import boxes_of
 from components.checkpoint.contents import read_files, require_savable, write_files
 from components.checkpoint.fingerprint import JobIdentity, require_same_job
 from components.checkpoint.manifest import FileEntry, Kind, Manifest, render
@@ -42,8 +43,8 @@ class Checkpointer:
     def __init__(self, root: Path, *, keep_latest_k: int, group: ProcessGroup | None) -> None:
         self.root = root
         self._keep = keep_latest_k
-        self._ranks = Ranks(group)
-        self._verifier = Verifier(root, self._ranks)
+        self.ranks = Ranks(group)
+        self._verifier = Verifier(root, self.ranks)
 
     def steps(self) -> list[int]:
         """Steps with a valid checkpoint, ascending: manifest and sizes are checked, hashes are not. Not collective."""
@@ -56,7 +57,7 @@ class Checkpointer:
         decide to start again from nothing.
         """
         broken: list[str] = []
-        for step in reversed(self._ranks.on_first(self._verifier.finished)):
+        for step in reversed(self.ranks.on_first(self._verifier.finished)):
             problems = self.verify(step)
             if not problems:
                 self._log(logging.WARNING, *(f"{problem}: falling back to step-{step}" for problem in broken))
@@ -75,7 +76,7 @@ class Checkpointer:
         if load_step == -1:
             return self.latest()
         if problems := self.verify(load_step):
-            there = self._ranks.on_first(lambda: ", ".join(f"step-{step}" for step in self.steps())) or "none"
+            there = self.ranks.on_first(lambda: ", ".join(f"step-{step}" for step in self.steps())) or "none"
             raise CheckpointError(f"checkpoint.load_step = {load_step}: {problems[0]}; valid in '{self.root}': {there}")
         return load_step
 
@@ -93,7 +94,7 @@ class Checkpointer:
         Raises CheckpointError if it cannot be written to.
         """
         what = f"checkpoint.folder: '{self.root}' cannot be written to"
-        if removed := self._ranks.on_first(lambda: storage.prepare(self.root), what):
+        if removed := self.ranks.on_first(lambda: storage.prepare(self.root), what):
             self._log(
                 logging.WARNING, f"removed {len(removed)} unfinished checkpoints of killed runs: {', '.join(removed)}"
             )
@@ -105,9 +106,9 @@ class Checkpointer:
         wants them back. Collective.
         """
         what = f"cannot go on from step-{step} in '{self.root}'"
-        later = [n for n in self._ranks.on_first(self._verifier.finished, what) if n > step]
+        later = [n for n in self.ranks.on_first(self._verifier.finished, what) if n > step]
         for n in later:
-            aside = self._ranks.on_first(lambda n=n: storage.set_aside(self._verifier.folder(n), "superseded"), what)
+            aside = self.ranks.on_first(lambda n=n: storage.set_aside(self._verifier.folder(n), "superseded"), what)
             self._log(
                 logging.WARNING, f"going on from step-{step}: step-{n} is of an earlier course, now '{aside.name}'"
             )
@@ -148,22 +149,22 @@ class Checkpointer:
             require_same_job(folder.name, manifest.fingerprint, job.fingerprint)
         self._verifier.require_whole(step)
         what = f"checkpoint {folder.name}"
-        index, state = self._ranks.on_first(lambda: read_files(folder, manifest), what)
+        index, state = self.ranks.on_first(lambda: read_files(folder, manifest), what)
         index, wanted = without(index, exclude), without(tensors, exclude)
         self._require_fit(index, wanted, cast, what)
-        self._ranks.everywhere(lambda: read_tensors(folder, index, wanted), what)
+        self.ranks.everywhere(lambda: read_tensors(folder, index, wanted), what)
         return without(state, exclude)
 
     def _require_fit(self, index: Index, tensors: Mapping[str, Tensor], cast: bool, what: str) -> None:
-        unclaimed = self._ranks.gather({*index} - {*tensors})  # with pipeline stages a rank has only some of the names
-        unexpected = self._ranks.on_first(lambda: sorted(set.intersection(*unclaimed)))
+        unclaimed = self.ranks.gather({*index} - {*tensors})  # with pipeline stages a rank has only some of the names
+        unexpected = self.ranks.on_first(lambda: sorted(set.intersection(*unclaimed)))
         extra = [f"not expected here: {', '.join(unexpected)}"] if unexpected else []
 
         def check() -> None:
             if problems := extra + target_problems(index, tensors, cast):
                 raise CheckpointError("; ".join(problems))
 
-        self._ranks.everywhere(check, f"{what} does not fit")
+        self.ranks.everywhere(check, f"{what} does not fit")
 
     def _save(
         self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], job: JobIdentity, kind: Kind
@@ -172,12 +173,13 @@ class Checkpointer:
         if self._is_saved(step, job, kind, what):
             return final
         started = time.perf_counter()
-        require_savable(tensors, state, self._ranks, what)
-        temporary = self._ranks.on_first(lambda: storage.make_temporary(self.root, step), what)
+        require_savable(tensors, state, self.ranks, what)
+        temporary = self.ranks.on_first(lambda: storage.make_temporary(self.root, step), what)
         try:
-            files = write_files(temporary, tensors, state, self._ranks, what)
+            boxes = self.ranks.everywhere(lambda: boxes_of(tensors), what)
+            files = write_files(temporary, boxes, state, self.ranks, what)
             manifest = _manifest(step, kind, files, job)
-            self._ranks.on_first(lambda: storage.commit(temporary, final, render(manifest)), what)
+            self.ranks.on_first(lambda: storage.commit(temporary, final, render(manifest)), what)
         except CheckpointError:
             self._discard(temporary)
             raise
@@ -188,10 +190,10 @@ class Checkpointer:
 
     def _is_saved(self, step: int, job: JobIdentity, kind: Kind, what: str) -> bool:
         folder = self._verifier.folder(step)
-        if not self._ranks.on_first(lambda: folder.is_symlink() or folder.exists(), what):
+        if not self.ranks.on_first(lambda: folder.is_symlink() or folder.exists(), what):
             return False
         if problems := self.verify(step):
-            aside = self._ranks.on_first(lambda: storage.set_aside(folder, "broken"), what)
+            aside = self.ranks.on_first(lambda: storage.set_aside(folder, "broken"), what)
             self._log(logging.WARNING, f"{problems[0]}: moved aside to '{aside}'")
             return False
         manifest = self.read_manifest(step)
@@ -202,14 +204,14 @@ class Checkpointer:
         return True
 
     def _discard(self, temporary: Path) -> None:
-        if self._ranks.first:
+        if self.ranks.first:
             try:
                 storage.discard(temporary)
             except OSError as error:
                 self._log(logging.WARNING, f"{describe(error)}: '{temporary}' stays until the next start")
 
     def _retain(self, saved: int) -> None:
-        if not self._ranks.first or not self._keep:
+        if not self.ranks.first or not self._keep:
             return
         try:
             manifests = self._verifier.valid()
@@ -228,7 +230,7 @@ class Checkpointer:
 
     def _log(self, level: int, *texts: str) -> None:
         for text in texts:
-            if self._ranks.first:
+            if self.ranks.first:
                 logger.log(level, "%s", text)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from components.checkpoint.boxes import Box
 from components.checkpoint.hashing import chunk_count, hash_chunks
 from components.checkpoint.manifest import MANIFEST, FileEntry, Manifest
 from components.checkpoint.ranks import Ranks
@@ -37,13 +38,13 @@ def require_savable(tensors: Mapping[str, Tensor], state: Mapping[str, Any], ran
 
 
 def write_files(
-    folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], ranks: Ranks, what: str
+    folder: Path, boxes: Mapping[str, Box], state: Mapping[str, Any], ranks: Ranks, what: str
 ) -> list[FileEntry]:
     """Write all files but the manifest, each on the disk at the end; size and hashes of each. Collective.
 
     Raises CheckpointError.
     """
-    write_tensors(folder, tensors, ranks, what)
+    write_tensors(folder, boxes, ranks, what)
     ranks.on_first(lambda: write_file(folder / STATE, json.dumps(state).encode()), what)
     mine = ranks.everywhere(lambda: _describe(folder, ranks.rank), what)
     return sorted((entry for each in ranks.all_gather(mine) for entry in each), key=lambda entry: entry.name)

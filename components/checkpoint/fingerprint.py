@@ -45,6 +45,11 @@ _HOW_KEYS = (
     "training.global_batch_size",  # −1 means nothing by itself: the resolved number is passed in
     "training.enable_cpu_offload",
     "training.on_nonfinite",
+    "training.on_spike",
+    "training.spike_window",
+    "training.spike_loss_factor",
+    "training.spike_grad_norm_factor",
+    "training.exit_after",
     "loss.chunk_tokens",
     "optimizer.implementation",
     "optimizer.early_step_in_backward",

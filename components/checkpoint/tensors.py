@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-from components.checkpoint.boxes import LoadBoxes, SaveBoxes
+from components.checkpoint.boxes import Box, LoadBoxes, SaveBoxes, boxes_of
 from components.checkpoint.ranks import Ranks
 from components.checkpoint.storage import write_file
 from components.runtime.errors import CheckpointError
@@ -84,18 +84,18 @@ class _Location:
     transform_descriptors: None = None
 
 
-def write_tensors(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks, what: str) -> None:
-    """Write the tensors and their index into an empty folder, each file on the disk at the end. Collective.
+def write_tensors(folder: Path, boxes: Mapping[str, Box], ranks: Ranks, what: str) -> None:
+    """Write what the ranks hold of the tensors, and their index, into an empty folder, each file on the disk at the end. Collective.
 
     Each rank writes what it holds; what several hold is written by one of them. Raises CheckpointError,
     starting with `what`.
     """
     writer = FileSystemWriter(folder, overwrite=False)
-    planner = SaveBoxes(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner = SaveBoxes(boxes)
 
     def plan_mine() -> Any:
         writer.set_up_storage_writer(ranks.first)
-        planner.set_up_planner(dict(tensors), writer.storage_meta(), ranks.first)
+        planner.set_up_planner({}, writer.storage_meta(), ranks.first)
         return writer.prepare_local_plan(planner.create_local_plan())
 
     plans = ranks.gather(ranks.everywhere(plan_mine, what))
@@ -185,9 +185,9 @@ def read_tensors(folder: Path, index: Index, tensors: Mapping[str, Tensor]) -> N
     The index has been checked against the files, and the tensors against it. DCP unpickles tensors with `weights_only`.
     """
     reader = FileSystemReader(folder)
-    planner = LoadBoxes(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner = LoadBoxes(boxes_of(tensors))
     metadata = _metadata({name: index[name] for name in tensors})
-    planner.set_up_planner(dict(tensors), metadata)
+    planner.set_up_planner({}, metadata)
     reader.set_up_storage_reader(metadata, is_coordinator=False)
     plan = planner.finish_plan(reader.prepare_local_plan(planner.create_local_plan()))
     reader.read_data(plan, planner).wait()

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from components.config.types import LatestOrStep, NonNegativeInt, PositiveInt
+from components.config.types import LatestOrStep, NonEmpty, NonNegativeInt, PositiveInt, Seconds
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,13 @@ class Checkpoint:
     enable_ft_dataloader_checkpoints: bool = True
     """Per-replica loader state under fault tolerance; inactive without it."""
     folder: str = "checkpoint"
-    """Folder inside `dump_folder` that holds the `step-N` folders."""
+    """Folder inside `dump_folder` that holds the `step-N` folders, or a URL of any storage that fsspec knows
+    (`s3://bucket/name`): what has no atomic rename is committed by writing the manifest last."""
+    resume: Literal["auto", "must", "never"] = "auto"
+    """auto: from the latest valid checkpoint, past broken ones with a warning, and from nothing if there is none; must:
+    stop if there is none, or if the latest is broken; never: a new course, and what is in `folder` is set aside."""
+    verify: Literal["hashes", "sizes"] = "hashes"
+    """What is checked of a checkpoint before it is loaded: every byte, or only that its files have their sizes."""
     interval: PositiveInt = 500
     """Steps between checkpoints; the last step is always saved."""
     initial_load_path: str | None = None
@@ -30,11 +36,22 @@ class Checkpoint:
     """Save only the weights at the last step. Default false, unlike TorchTitan's: a finished run can then be
     extended."""
     last_save_in_hf: bool = False
-    """Write the last step as Hugging Face safetensors too."""
+    """Write the last step's weights as Hugging Face safetensors too, into `export_folder`."""
+    export_interval: NonNegativeInt = 0
+    """Steps from one export of the weights as Hugging Face safetensors to the next; 0: none."""
+    export_folder: NonEmpty = "export"
+    """Folder inside `dump_folder`, or a URL, that holds the exports, `step-N` each."""
     export_dtype: Literal["float16", "bfloat16", "float32"] = "float32"
-    """Type of the weights in model-only saves."""
+    """Type of the weights in model-only saves and exports."""
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
-    """Save in the background."""
+    """Save in the background: training waits only while its state is copied to host memory (a second copy of it there),
+    into pinned memory with the last."""
+    max_failed_saves: PositiveInt = 3
+    """The run stops with this many failed saves in a row; before that it goes on, and the log says so. A save that
+    fails at the last step or on a signal always ends it as failed."""
+    grace_seconds: Seconds = 300
+    """Longest time from SIGTERM or SIGINT to the end of the run, its checkpoint included; what is not saved by then is
+    given up. Keep it below the time that the scheduler gives before it kills."""
     keep_latest_k: NonNegativeInt = 10
     """Checkpoints to keep, the newest; 0 keeps all. The last valid one is never deleted, nor anything that Espalier
     did not write."""

@@ -76,6 +76,9 @@ class Comm:
     """Timeout of a collective until the first step is done (compilation, lazy set-up)."""
     train_timeout_seconds: Seconds = 100
     """Timeout of a collective after the first step."""
+    checkpoint_timeout_seconds: Seconds = 1800
+    """Timeout of a collective while checkpoints are saved, checked or loaded: ranks wait there for the slowest storage,
+    and for what one rank does alone."""
     trace_buf_size: NonNegativeInt = 20000
     """Entries of torch's flight recorder, which notes every collective and where it was called; 0 switches it off, and
     a collective that does not end is then told without its name."""

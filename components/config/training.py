@@ -4,7 +4,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from components.config.types import AllOrPositive, Dtype, NonNegativeInt, PositiveInt, PositiveOrInf
+from components.config.types import AllOrPositive, Dtype, NonNegativeInt, Positive, PositiveInt, PositiveOrInf
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,20 @@ class Training:
     """Steps between garbage collections, on all ranks at the same step."""
     gc_debug: bool = False
     """Collect every step, and log what the collector found. Slow."""
-    on_nonfinite: Literal["stop", "skip"] = "stop"
-    """A loss or gradient norm that is not finite: stop before the optimizer step, or skip the step and go on."""
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    """A loss or gradient norm that is not finite: stop before the optimizer step, skip the step and go on, or go back
+    to the last checkpoint and then skip the step when it comes again."""
+    on_spike: Literal["ignore", "stop", "skip", "rollback"] = "ignore"
+    """The same for a loss or gradient norm that is finite but far above those of the last `spike_window` steps."""
+    spike_window: PositiveInt = 100
+    """Accepted steps whose medians a step is compared with; nothing is a spike before there are so many."""
+    spike_loss_factor: Positive = 1.5
+    """A loss above the median times this is a spike."""
+    spike_grad_norm_factor: Positive = 10.0
+    """A gradient norm above the median times this is a spike."""
+    exit_after: NonNegativeInt = 0
+    """Seconds after the start of the job by which it has saved and ended, with exit code 75: the scheduler's limit. It
+    stops `checkpoint.grace_seconds` before. 0: no limit."""
     dataloader: DataLoader = field(default_factory=DataLoader)
     """Workers and prefetching."""
 

@@ -23,6 +23,8 @@ from components.runtime.witness import Witness, running
 from components.runtime.world import World
 
 RETRY_SECONDS = 0.2
+HOST_GROUPS = ("checkpoint", "interruption")
+"""Groups of all ranks besides the default one; each carries the communication of one thing at a time."""
 
 
 def init_process_group(world: World, device: torch.device, comm: Comm, dump_folder: Path | str) -> None:
@@ -70,7 +72,7 @@ def init_fake(world_size: int, rank: int = 0) -> None:
 def set_timeout(seconds: float) -> None:
     """Give every existing group this timeout for its further collectives, once start-up's slow first step is over.
 
-    Waits for the device and for all ranks first, so that no collective of the first step is still on its way. Torch
+    Groups of `new_host_group` keep theirs. Waits for the device and for all ranks first, so that no collective of the first step is still on its way. Torch
     has no public way to change a timeout or to list the groups. Works for gloo and NCCL; a fake group has no timeout.
     """
     if dist.get_backend() == dist.Backend.FAKE:
@@ -79,8 +81,19 @@ def set_timeout(seconds: float) -> None:
         torch.accelerator.synchronize()
     dist.all_reduce(torch.zeros(1))  # over gloo in every set-up: a barrier that needs no device
     for group in list(distributed_c10d._world.pg_map):
-        if dist.get_backend(group) != dist.Backend.FAKE:  # a mesh's dimensions of size 1
+        if dist.get_backend(group) != dist.Backend.FAKE and group.group_desc not in HOST_GROUPS:  # FAKE: of size 1
             distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def new_host_group(name: str, seconds: float) -> ProcessGroup | None:
+    """A further group of all ranks, over gloo, with a timeout of its own that `set_timeout` leaves as it is.
+
+    For what goes on beside the training's own communication, in another thread or for longer: `name` is one of
+    `HOST_GROUPS`. None without a process group, which is a group of one. Collective.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1 or dist.get_backend() == dist.Backend.FAKE:
+        return None
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds), group_desc=name)
 
 
 def destroy() -> None:

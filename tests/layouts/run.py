@@ -18,7 +18,6 @@ from tests.ranks import run_ranks
 from tests.trainer.runs import meeting_point
 
 if TYPE_CHECKING:
-    from components.data.loader import StepRows
     from components.metrics.meter import StepValues
 
 
@@ -80,8 +79,8 @@ def record(argv: list[str], environ: dict[str, str], mutant: str, ranks: int) ->
                 self.gradients = {name: _pieces(p.grad) for name, p in named if p.grad is not None}
             return super().accept(loss, grad_norm, local_sums)
 
-        def finish_step(self, values: "StepValues", rows: "StepRows", last: bool) -> None:
-            super().finish_step(values, rows, last)
+        def finish_step(self, values: "StepValues", last: bool) -> None:
+            super().finish_step(values, last)
             loss, max_loss, norm = (float(value) for value in values)
             self.recorded.append(Step(loss, max_loss, norm, self.progress.tokens))
 

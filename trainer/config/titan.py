@@ -47,11 +47,23 @@ OUR_SECTIONS = ("data", "loss", "moe")
 
 OUR_KEYS = (
     "activation_checkpoint.saved_ops",
+    "checkpoint.export_folder",
+    "checkpoint.export_interval",
+    "checkpoint.grace_seconds",
+    "checkpoint.max_failed_saves",
+    "checkpoint.resume",
+    "checkpoint.verify",
+    "comm.checkpoint_timeout_seconds",
     "comm.fake_rank",
     "debug.compare_ranks",
     "metrics.peak_tflops",
     "optimizer.parameter_groups",
+    "training.exit_after",
     "training.on_nonfinite",
+    "training.on_spike",
+    "training.spike_grad_norm_factor",
+    "training.spike_loss_factor",
+    "training.spike_window",
     "validation.global_batch_size",
 )
 """Keys that v0.2.2 does not have, in sections that it has."""
