@@ -34,13 +34,13 @@ class Reduced(NamedTuple):
 
 
 class StepValues(NamedTuple):
-    """What a report reads from the device: 0-d tensors (or numbers) that are already reduced."""
+    """What is known of a step, over all ranks."""
 
-    loss: Tensor | float
+    loss: float
     """Mean loss per valid label of the global batch."""
-    max_loss: Tensor | float
+    max_loss: float
     """Largest per-row mean loss."""
-    grad_norm: Tensor | float
+    grad_norm: float
     """Global gradient norm before clipping."""
 
 
@@ -114,17 +114,16 @@ class Meter:
         self._steps += 1
 
     def report(self, step: int, values: StepValues, lr: float, validation_loss: float | None = None) -> StepMetrics:
-        """The numbers of step `step` and the rates since the last report. Waits for the device."""
-        loss, max_loss, grad_norm = _read(values)
+        """The numbers of step `step` and the rates since the last report."""
         seconds = max(self._clock() - self._begin - self._paused, 1e-9)
         rate = self._computed / seconds
         flops = rate * self._flops_per_token / self._ranks
         memory = self._memory(self._device)
         metrics = StepMetrics(
             step=step,
-            loss=loss,
-            max_loss=max_loss,
-            grad_norm=grad_norm,
+            loss=values.loss,
+            max_loss=values.max_loss,
+            grad_norm=values.grad_norm,
             lr=lr,
             tokens=self.tokens,
             tokens_per_second=rate,
@@ -138,12 +137,3 @@ class Meter:
         )
         self.start()
         return metrics
-
-
-def _read(values: StepValues) -> list[float]:
-    """All values in one transfer from the device that holds them."""
-    tensors = [value for value in values if isinstance(value, Tensor)]
-    if not tensors:
-        return [float(value) for value in values]
-    device = tensors[0].device
-    return torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in values]).tolist()

@@ -72,8 +72,9 @@ def init_fake(world_size: int, rank: int = 0) -> None:
 def set_timeout(seconds: float) -> None:
     """Give every existing group this timeout for its further collectives, once start-up's slow first step is over.
 
-    Groups of `new_host_group` keep theirs. Waits for the device and for all ranks first, so that no collective of the first step is still on its way. Torch
-    has no public way to change a timeout or to list the groups. Works for gloo and NCCL; a fake group has no timeout.
+    Groups of `new_host_group` keep theirs. Waits for the device and for all ranks first, so that no collective of the
+    first step is still on its way. Torch has no public way to change a timeout or to list the groups. Works for gloo
+    and NCCL; a fake group has no timeout.
     """
     if dist.get_backend() == dist.Backend.FAKE:
         return
@@ -93,7 +94,8 @@ def new_host_group(name: str, seconds: float) -> ProcessGroup | None:
     """
     if not dist.is_initialized() or dist.get_world_size() == 1 or dist.get_backend() == dist.Backend.FAKE:
         return None
-    return dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds), group_desc=name)
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds), group_desc=name)
+    return group if isinstance(group, ProcessGroup) else None  # a rank outside of the group gets a number
 
 
 def destroy() -> None:

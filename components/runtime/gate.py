@@ -1,8 +1,8 @@
 """Gate: where the training thread may be stopped, so that another thread finds a consistent state on all ranks.
 
-What is saved changes only inside of sections: the update of the weights, a save, a rollback. Between them a rank may be
-for minutes where nothing can reach it (in a compiler, waiting for data, in a collective whose peer is late), and all the
-while its state is that of the last section. Every rank goes through the same sections in the same order, so a
+What is saved changes only inside of sections: the update of the weights, a save, a rollback. Between them a rank may
+be for minutes where nothing can reach it (in a compiler, waiting for data, in a collective whose peer is late), and all
+the while its state is that of the last section. Every rank goes through the same sections in the same order, so a
 section's number names one state of the whole job.
 
 Another thread closes the gate: no section is begun any more. The ranks may then be at different numbers, by one, since
@@ -39,7 +39,7 @@ class Gate:
                 self._changed.notify_all()
 
     def close(self, agree: Callable[[int], int], seconds: float | None = None) -> bool:
-        """From another thread: hold the training thread back, at the same section on all ranks; then the state is still.
+        """From another thread: hold the training thread back, at the same section on all ranks.
 
         `agree`: gives the largest number over all ranks for this rank's. False if the section was not left within
         `seconds`; the gate stays closed then too.
