@@ -117,7 +117,7 @@ class Loader:
             yield step if step is not None else self._padding()
 
     def state_dict(self, table: Sequence[Sequence[int]]) -> dict[str, Any]:
-        """The position of the whole job, as JSON values. `table`: `gather_table` of the last step's cursors.
+        """The position of the whole job, as JSON values. `table`: the last step's cursors of all rows, in global order.
 
         Streams beyond the batch have not begun; they keep the cursor that they were loaded with.
         """
@@ -203,18 +203,6 @@ class Loader:
         row = padding_row(self._source.seq_len)
         batch = Batch(*(torch.from_numpy(np.tile(x, (self.rows, 1))) for x in row))
         return StepRows(batch, torch.tensor([self._cursors[s] for s in self._mine]))
-
-
-def gather_table(cursors: Tensor, group: dist.ProcessGroup | None = None) -> list[list[int]]:
-    """The cursors of all rows of a batch in global order, from those of each rank of the data-parallel group.
-
-    `cursors` (rows, width) must be on a device that the group communicates from; group ranks must be data ranks.
-    """
-    if group is None:
-        return cursors.tolist()
-    ranks = [torch.empty_like(cursors) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(ranks, cursors.contiguous(), group=group)
-    return torch.stack(ranks, dim=1).flatten(0, 1).tolist()  # row j of rank d is row d + D·j
 
 
 def _check(source: RowSource, global_batch: int, data_degree: int, settings: DataLoader) -> None:

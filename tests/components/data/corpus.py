@@ -17,7 +17,7 @@ from components.config.training import DataLoader
 from components.data.documents import RandomAccess, Read, Sequential
 from components.data.files import open_files
 from components.data.indexed import IndexedRows, SyntheticRows
-from components.data.loader import Loader, StepRows, gather_table
+from components.data.loader import Loader, StepRows
 from components.data.order import RandomDeal, WindowedDeal
 from components.data.rows import Ending, RowSource
 from components.data.streamed import Packing, StreamedRows
@@ -105,4 +105,4 @@ def interleave(ranks: Sequence[Tensor]) -> Tensor:
 def run(ranks: Sequence[Loader], steps: int | None = None) -> Iterator[tuple[Tensor, list[list[int]]]]:
     """Global batches, each with the table of cursors after it."""
     for parts in islice(zip(*ranks, strict=True), steps):
-        yield interleave([fields(x) for x in parts]), gather_table(interleave([x.cursors for x in parts]))
+        yield interleave([fields(x) for x in parts]), interleave([x.cursors for x in parts]).tolist()

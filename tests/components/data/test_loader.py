@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from components.data.files import open_files
-from components.data.loader import Loader, gather_table
+from components.data.loader import Loader
 from components.data.order import Place
 from components.data.rows import Ending
 from components.mesh.batch import IGNORE
@@ -145,21 +145,6 @@ def _stream(path: str, stream: int) -> list[list[int]]:
     source = streamed(open_files(path, "text"), streams=3, seed=None, ending="pad")
     documents = source._deal.open({stream: Place(0, stream)})[stream]
     return [source._tokens(x).tolist() for x in documents]
-
-
-def _cursors(rank: int, degree: int) -> list[list[int]]:
-    mine = torch.tensor([[r, 10 * r, 100 * r] for r in range(rank, 8, degree)])
-    return gather_table(mine, dist.group.WORLD)
-
-
-def gathered() -> list[list[int]]:
-    return _cursors(dist.get_rank(), dist.get_world_size())
-
-
-def test_gather_table() -> None:
-    expected = [[r, 10 * r, 100 * r] for r in range(8)]
-    assert run_ranks(2, gathered) == [expected] * 2
-    assert gather_table(torch.tensor(expected)) == expected
 
 
 def counted(path: str, ending: Ending) -> list[int]:
