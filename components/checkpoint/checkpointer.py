@@ -26,7 +26,7 @@ from components.checkpoint.fingerprint import JobIdentity, require_same_job
 from components.checkpoint.manifest import FileEntry, Kind, Manifest, render
 from components.checkpoint.ranks import Ranks, describe
 from components.checkpoint.retention import doomed_steps
-from components.checkpoint.state import ALL_BUT_MODEL, check_exclude, export_tensors, without
+from components.checkpoint.state import ALL_BUT_MODEL, check_exclude, export_tensors, state_problems, without
 from components.checkpoint.tensors import Index, read_tensors, target_problems
 from components.checkpoint.verifying import Verifier
 from components.runtime.errors import CheckpointError
@@ -134,13 +134,15 @@ class Checkpointer:
         job: JobIdentity | None,
         exclude: Collection[str] = (),
         cast: bool = False,
+        like: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Verify a checkpoint and load it into the tensors in place; the saved state, part → value.
 
         `step`: a step of this job, or the folder of any checkpoint. `job`: whose checkpoint it must be; None where that
         does not matter (`initial_load_path`). `exclude`: parts left as they are. `cast`: floating point tensors may
-        have another type here. Raises CheckpointError, before any tensor is touched, for a checkpoint that is broken,
-        of another job or without what a resume needs, and for each tensor that is missing, unexpected or does not fit.
+        have another type here. `like`: a state whose parts, keys and types the saved one must have, but for `exclude`.
+        Raises CheckpointError, before any tensor is touched, for a checkpoint that is broken, of another job or without
+        what a resume needs, and for each tensor and piece of state that is missing, unexpected or does not fit.
         """
         check_exclude(exclude)
         folder, manifest = self._verifier.folder(step), self.read_manifest(step)
@@ -151,18 +153,23 @@ class Checkpointer:
         what = f"checkpoint {folder.name}"
         index, state = self.ranks.on_first(lambda: read_files(folder, manifest), what)
         index, wanted = without(index, exclude), without(tensors, exclude)
-        self._require_fit(index, wanted, cast, what)
+        state = without(state, exclude)
+        problems = [] if like is None else state_problems(state, without(like, exclude))
+        self._require_fit(index, wanted, cast, what, problems)
         self.ranks.everywhere(lambda: read_tensors(folder, index, wanted), what)
-        return without(state, exclude)
+        return state
 
-    def _require_fit(self, index: Index, tensors: Mapping[str, Tensor], cast: bool, what: str) -> None:
+    def _require_fit(
+        self, index: Index, tensors: Mapping[str, Tensor], cast: bool, what: str, problems: list[str]
+    ) -> None:
+        """Raise CheckpointError with the `problems` so far, and with those of all tensors."""
         unclaimed = self.ranks.gather({*index} - {*tensors})  # with pipeline stages a rank has only some of the names
         unexpected = self.ranks.on_first(lambda: sorted(set.intersection(*unclaimed)))
         extra = [f"not expected here: {', '.join(unexpected)}"] if unexpected else []
 
         def check() -> None:
-            if problems := extra + target_problems(index, tensors, cast):
-                raise CheckpointError("; ".join(problems))
+            if found := problems + extra + target_problems(index, tensors, cast):
+                raise CheckpointError("; ".join(found))
 
         self.ranks.everywhere(check, f"{what} does not fit")
 

@@ -6,7 +6,7 @@ objects were rejected: they run code when they are loaded, and bind a checkpoint
 
 import difflib
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from components.runtime.errors import CheckpointError, ConfigError
 
-PARTS = ("model", "optimizer", "lr_scheduler", "dataloader", "train_state")
+PARTS = ("model", "optimizer", "lr_scheduler", "dataloader", "train_state", "rng")
 """The names that `checkpoint.exclude_from_loading` knows."""
 ALL_BUT_MODEL = PARTS[1:]
 """What is excluded when only weights are taken."""
@@ -25,7 +25,8 @@ def model_tensors(model_parts: Sequence[nn.Module], copies: Sequence[Tensor] = (
 
     The tensors are the model's own: loading into them changes the model. Goes through `state_dict`, whose hooks let
     FSDP put its shards back first. `copies` are left out: what another part holds under the same name. Raises
-    CheckpointError for two parts with the same name otherwise, and for state that is no tensor.
+    CheckpointError for two parts with the same name otherwise, for state that is no tensor, and for a parameter or
+    persistent buffer that a `state_dict` of its own leaves out: it would be at its initial value after a resume.
     """
     named: dict[str, Tensor] = {}
     seen = {id(copy) for copy in copies}
@@ -38,7 +39,19 @@ def model_tensors(model_parts: Sequence[nn.Module], copies: Sequence[Tensor] = (
             if id(value) not in seen:
                 seen.add(id(value))
                 named[f"model.{name}"] = value
+    if lost := sorted(name for part in model_parts for name, value in _stateful(part) if id(value) not in seen):
+        raise CheckpointError(f"not in the model's state_dict, so that they could not be saved: {', '.join(lost)}")
     return named
+
+
+def _stateful(part: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and persistent buffer by its place in the part."""
+    yield from part.named_parameters()
+    for place, module in part.named_modules():
+        fleeting = module._non_persistent_buffers_set  # torch has no public way to ask
+        for name, value in module.named_buffers(prefix=place, recurse=False):
+            if name.rpartition(".")[2] not in fleeting:
+                yield name, value
 
 
 def optimizer_tensors(named_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -77,6 +90,29 @@ def check_exclude(exclude: Iterable[str]) -> None:
             )
     if problems:
         raise ConfigError(*problems)
+
+
+def state_problems(state: Mapping[str, Any], like: Mapping[str, Any]) -> list[str]:
+    """Why a saved state is not of the same parts, keys and types as `like`; a line each."""
+    saved, here = _outline(state), _outline(like)
+    lost = [name for name in sorted({*here} - {*saved}) if part_of(name) in saved or name in like]
+    extra = [name for name in sorted({*saved} - {*here}) if part_of(name) in here or name in state]
+    problems = [f"missing in its state: {', '.join(lost)}"] if lost else []
+    problems += [f"not expected in its state: {', '.join(extra)}"] if extra else []
+    return problems + [
+        f"{name} in its state: {saved[name]} saved, {here[name]} here"
+        for name in sorted({*here} & {*saved})
+        if saved[name] != here[name]
+    ]
+
+
+def _outline(state: Mapping[str, Any]) -> dict[str, str]:
+    """Parts, and the keys in them as `<part>.<key>`, with the names of their types."""
+    found = {part: type(value).__name__ for part, value in state.items()}
+    for part, value in state.items():
+        if isinstance(value, Mapping):
+            found |= {f"{part}.{key}": type(inner).__name__ for key, inner in value.items()}
+    return found
 
 
 def require_plain(value: Any, where: str = "state") -> None:

@@ -58,7 +58,8 @@ class Checkpoint:
     load_step: LatestOrStep = -1
     """Resume from exactly this step; −1: the latest valid checkpoint. A step that is not there is an error."""
     exclude_from_loading: list[str] = field(default_factory=list)
-    """Parts that are left as they are when loading: model, optimizer, lr_scheduler, dataloader, train_state."""
+    """Parts that are left as they are when loading: model, optimizer, lr_scheduler, dataloader, train_state, rng (the
+    random generators)."""
     enable_first_step_checkpoint: bool = False
     """Also save at step 1, to try out early whether saving works."""
     create_seed_checkpoint: bool = False

@@ -78,7 +78,7 @@ def generator_state(device: torch.device) -> bytes:
 
 
 def set_generator_state(state: bytes, device: torch.device) -> None:
-    """Bring the generators back to a `generator_state` of the same kind of device. Raises ValueError for what is none."""
+    """Bring the generators back to a `generator_state` of the same kind of device. Raises ValueError if it is none."""
     try:
         _restore(state, device)
     except (RuntimeError, struct.error) as error:  # torch's and struct's way of saying it

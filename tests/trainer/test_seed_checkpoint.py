@@ -55,11 +55,11 @@ def test_training_starts_from_the_weights_that_are_in_it(fresh: Path, tmp_path: 
     mine.save_model(0, changed, JobIdentity(made.read_manifest(0).fingerprint), torch.float32)
     outcomes = launch(2, tmp_path / "mine", *SAVING, "--optimizer.lr=1e-30", "--debug.seed=8")
     assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].stderr
-    assert "loaded step-0, all but dataloader, lr_scheduler, optimizer, train_state\n" in outcomes[0].stderr
+    assert "loaded step-0, all but dataloader, lr_scheduler, optimizer, rng, train_state\n" in outcomes[0].stderr
     assert records(tmp_path / "mine")[0]["loss"] != pytest.approx(records(fresh)[0]["loss"], rel=1e-3)
     saved = Checkpointer(tmp_path / "mine/checkpoint", keep_latest_k=0, group=None)
     held = {name: torch.empty_like(value) for name, value in changed.items()}
-    state = saved.load(3, held, job=None, exclude=("optimizer", "lr_scheduler", "dataloader"))
+    state = saved.load(3, held, job=None, exclude=("optimizer", "lr_scheduler", "dataloader", "rng"))
     assert state == {"train_state": {"step": 3, "tokens": records(tmp_path / "mine")[-1]["tokens"]}}
     assert all(torch.allclose(held[name], changed[name], rtol=1e-6, atol=0) for name in changed)
     (other,) = launch(1, tmp_path / "made", *SAVING, "--model.flavor=tied")

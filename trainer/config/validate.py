@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 Problems = Iterator[str]
 
-LOADABLE = ("model", "optimizer", "lr_scheduler", "dataloader", "train_state")
+LOADABLE = ("model", "optimizer", "lr_scheduler", "dataloader", "train_state", "rng")
 """Parts of a checkpoint, as `checkpoint.exclude_from_loading` names them."""
 
 FOLDERS: Mapping[str, Callable[[JobConfig], str | None]] = {

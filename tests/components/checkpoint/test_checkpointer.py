@@ -173,7 +173,7 @@ def test_excluded_parts_stay_as_they_are(tmp_path: Path) -> None:
         checkpointer(tmp_path).load(1, found, job=JOB, exclude=["optimiser"])
     assert str(caught.value) == (
         "checkpoint.exclude_from_loading = 'optimiser': no such part; "
-        "allowed: model, optimizer, lr_scheduler, dataloader, train_state (did you mean 'optimizer'?)"
+        "allowed: model, optimizer, lr_scheduler, dataloader, train_state, rng (did you mean 'optimizer'?)"
     )
 
 

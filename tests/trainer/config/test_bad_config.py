@@ -203,7 +203,7 @@ FILES: dict[str, tuple[str, ...]] = {
     "no part of a checkpoint": (
         "[checkpoint]\nexclude_from_loading = ['optimizers']\n",
         'a.toml:2: checkpoint.exclude_from_loading = "optimizers": must be out of model, optimizer, lr_scheduler,'
-        " dataloader, train_state",
+        " dataloader, train_state, rng",
     ),
     "background saves": (
         "[checkpoint]\nenable = true\nasync_mode = 'async'\n",
