@@ -1,13 +1,14 @@
-"""What of a running job is saved, and how a job finds its way back: the Trainer's side of `components.checkpoint`.
+"""When a job is saved, and how it finds its way back: the Trainer's side of `components.checkpoint`.
 
 The parts are those that `checkpoint.exclude_from_loading` names: model, optimizer, lr_scheduler, dataloader,
-train_state. Tensors go by name into the checkpoint's tensor files, everything else into its JSON. The schedule is a
-pure function of the step, so all that it saves is the step it counts from."""
+train_state, rng. Tensors go by name into the checkpoint's tensor files, everything else into its JSON. The schedule is
+a pure function of the step, so all that it saves is the step it counts from. The random generators are each rank's own,
+and mean something on the same layout only; on another one they are seeded anew, from seed and step."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,60 +31,6 @@ if TYPE_CHECKING:
     from components.optim.optimizers import Optimizers
 
 EXPORT_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-
-
-@dataclass
-class Progress:
-    """How far a job is."""
-
-    step: int = 0
-    """Optimizer steps done."""
-    tokens: int = 0
-    """Valid label tokens trained on."""
-    schedule_start: int = 0
-    """Step that the learning-rate schedule counts from."""
-    cursors: Tensor | None = None
-    """Where the streams of this rank's rows go on; None where they begin. # (rows, width) int64"""
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What is saved of a job, besides its progress."""
-
-    models: list[nn.Module]
-    optimizers: Optimizers
-    loader: Loader
-    data_rank: int
-    data_degree: int
-    tied: Sequence[tuple[nn.Parameter, nn.Parameter]] = ()
-    """Parameters that two of the models hold, each with its copy, which is not saved."""
-
-    @cached_property
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything that is a tensor, as `<part>.<name>`; the very tensors, to save from or load into.
-
-        Looked up once, before training: a model in the midst of a forward has its gathered parameters in their places.
-        """
-        return {**self.weights, **optimizer_tensors(self.optimizers.named_state())}
-
-    @cached_property
-    def weights(self) -> dict[str, Tensor]:
-        """The models' tensors alone."""
-        return model_tensors(self.models, [copy for _, copy in self.tied])
-
-    def table(self, cursors: Tensor | None, ranks: Ranks) -> list[list[int]]:
-        """The cursors of all rows of a batch in global order, from those of this rank's rows. Collective."""
-        if cursors is None:
-            return []
-        everyone = dict(ranks.all_gather((self.data_rank, cursors.tolist())))
-        return [row for rows in zip(*(everyone[rank] for rank in range(self.data_degree)), strict=True) for row in rows]
-
-    @torch.no_grad()
-    def equalize(self) -> None:
-        """Give what was loaded to the copies."""
-        for parameter, copy in self.tied:
-            copy.copy_(parameter)
-            self.optimizers.copy_state(parameter, copy)
 
 
 @dataclass(frozen=True)
@@ -164,6 +111,22 @@ class Persistence:
                 f" step-{source.step}; start from it with checkpoint.initial_load_path in a new job.dump_folder"
             )
         exclude = {*self.config.exclude_from_loading, *(ALL_BUT_MODEL if source.model_only else ())}
+        return self._load(source, exclude, parts, identity)
+
+    def newest(self) -> int | None:
+        """The step of the newest whole checkpoint of this run's own that a running job can go back to, with everything
+        that it has; None if there is none yet. Collective. Raises CheckpointError if all are broken."""
+        step = self.store.latest()
+        if step is None or self.store.read_manifest(step).kind != "training":
+            return None
+        partly = self.source is not None and self.source.step == step and self.config.exclude_from_loading
+        return None if partly else step
+
+    def reload(self, step: int, parts: Parts, identity: JobIdentity) -> Progress:
+        """Bring the parts of a running job back to where its checkpoint `step` (`newest`) left them, as `load` does."""
+        return self._load(Source(step, self.store.read_manifest(step), model_only=False), set(), parts, identity)
+
+    def _load(self, source: Source, exclude: set[str], parts: Parts, identity: JobIdentity) -> Progress:
         if source.own and source.model_only:  # nothing but the model has to be the same yet
             saved, ours = _of_model(source.manifest.fingerprint), _of_model(identity.fingerprint)
             require_same_job(source.describe(), saved, ours)
@@ -202,7 +165,12 @@ class Persistence:
             self.store.save_model(progress.step, parts.weights, identity, dtype)
         else:
             state = {
-                "train_state": {"step": progress.step, "tokens": progress.tokens},
+                "train_state": {
+                    "step": progress.step,
+                    "tokens": progress.tokens,
+                    "recent": progress.recent,
+                    "passed_over": progress.passed_over,
+                },
                 "lr_scheduler": {"start": progress.schedule_start},
                 "dataloader": parts.loader.state_dict(parts.table(progress.cursors, self.store.ranks)),
             }

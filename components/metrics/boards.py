@@ -22,9 +22,13 @@ class TensorBoardSink:
     """Event files in a folder. Earlier events from the first step of this run on are marked as void."""
 
     def __init__(self, folder: Path | str, resume_step: int | None) -> None:
+        self._folder = str(folder)
+        self._open(resume_step or 0)
+
+    def _open(self, step: int) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=(resume_step or 0) + 1)
+        self._writer = SummaryWriter(self._folder, purge_step=step + 1)
 
     def log(self, metrics: StepMetrics) -> None:
         """Write a step."""
@@ -37,6 +41,11 @@ class TensorBoardSink:
 
     def advance(self, step: int) -> None:
         """Nothing."""
+
+    def rewind(self, step: int) -> None:
+        """Later events are void."""
+        self._writer.close()
+        self._open(step)
 
     def close(self) -> None:
         """Close the event file."""
@@ -69,6 +78,9 @@ class WandbSink:
 
     def advance(self, step: int) -> None:
         """Nothing."""
+
+    def rewind(self, step: int) -> None:
+        """Nothing: a run's steps only grow there, so that those run again keep what was sent first."""
 
     def close(self) -> None:
         """End the run."""

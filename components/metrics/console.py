@@ -70,6 +70,9 @@ class PipeSink:
     def advance(self, step: int) -> None:
         """Nothing."""
 
+    def rewind(self, step: int) -> None:
+        """Nothing: what was printed was so."""
+
     def close(self) -> None:
         """Nothing."""
 
@@ -120,6 +123,10 @@ class TerminalSink:
 
     def advance(self, step: int) -> None:
         """Move the bar."""
+        self._bar.update(self._task, completed=step)
+
+    def rewind(self, step: int) -> None:
+        """Move the bar back."""
         self._bar.update(self._task, completed=step)
 
     def close(self) -> None:

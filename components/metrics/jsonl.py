@@ -1,6 +1,6 @@
 """`metrics.jsonl`: the record that every run keeps, one JSON object a line, flushed as it is written.
 
-On resume the steps that will be run again are dropped, so that every step stands there once. The file is written anew
+On resume, and when a job goes back to a checkpoint, the steps that will be run again are dropped, so that every step stands there once. The file is written anew
 beside the old one and renamed over it: a kill in between loses nothing. A new run in an old folder moves the old file
 aside (`metrics.1.jsonl`, …) instead of writing behind it.
 """
@@ -47,6 +47,15 @@ class JsonlSink:
     def advance(self, step: int) -> None:
         """Nothing: only reports are recorded."""
 
+    def rewind(self, step: int) -> None:
+        """Drop what was written of later steps, as on resume."""
+        try:
+            self._file.close()
+            _drop_later(self._path, step)
+            self._file = self._path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{self._path}: cannot be written: {error.strerror}; make room and run again") from error
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()
@@ -70,7 +79,7 @@ def _move_aside(path: Path) -> None:
 
 
 def _drop_later(path: Path, resume_step: int) -> None:
-    """Keep what belongs to steps up to `resume_step`, and the record of earlier resumes."""
+    """Keep what belongs to steps up to `resume_step`, and the record of how the job came to go on from where it did."""
     if not path.exists():
         return
     lines = path.read_bytes().splitlines()
@@ -93,4 +102,4 @@ def _stays(line: bytes, resume_step: int, where: str) -> bool:
         logger.warning("%s: not a whole line of JSON, dropped", where)
         return False
     step = entry.get("step")
-    return entry.get("event") == "resume" or not isinstance(step, int) or step <= resume_step
+    return entry.get("event") in ("resume", "rolled_back") or not isinstance(step, int) or step <= resume_step

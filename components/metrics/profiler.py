@@ -67,6 +67,10 @@ class Profiler:
         if self._config.enable_memory_snapshot:
             self._snapshot(f"iteration_{self._step}")
 
+    def rewind(self, step: int) -> None:
+        """The job has gone back to where it was after `step`; the next trace comes when it would have come."""
+        self._step = step
+
     def _start_cycle(self) -> None:
         """A profiler for one trace: one that repeats would keep or clear its events, and warn of either."""
         config = self._config

@@ -34,6 +34,10 @@ class Sink(Protocol):
         """Step `step` is done, whether or not it is reported. Costs nothing but on a terminal."""
         ...
 
+    def rewind(self, step: int) -> None:
+        """The job has gone back to where it was after `step`; later steps will be reported anew."""
+        ...
+
     def close(self) -> None:
         """Write out what is left."""
         ...
@@ -59,6 +63,11 @@ class Sinks:
         """A step is done."""
         for sink in self.sinks:
             sink.advance(step)
+
+    def rewind(self, step: int) -> None:
+        """The job has gone back."""
+        for sink in self.sinks:
+            sink.rewind(step)
 
     def close(self) -> None:
         """Close all."""
