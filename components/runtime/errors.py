@@ -9,6 +9,8 @@ class ExitCode(IntEnum):
     DONE = 0
     FAILED = 1
     INPUT = 2
+    STOPPED = 75
+    """On a signal, with a checkpoint written: the same command goes on. EX_TEMPFAIL of sysexits.h."""
 
 
 class EspalierError(Exception):
@@ -45,8 +47,19 @@ class NonFiniteError(EspalierError):
     """A loss or gradient that is not finite, found before the optimizer step."""
 
 
+class SpikeError(EspalierError):
+    """A loss or gradient that is far above those of the steps before, found before the optimizer step."""
+
+
 class CommunicationError(EspalierError):
-    """A collective that did not end: which one, over which ranks, and who did not come."""
+    """A collective that did not end: which one, over which ranks, and who did not come.
+
+    `told`: a rank has printed that already.
+    """
+
+    def __init__(self, message: str, *, told: bool = False) -> None:
+        super().__init__(message)
+        self.told = told
 
 
 class MeshError(UserError):
