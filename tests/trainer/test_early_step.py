@@ -98,8 +98,8 @@ def test_what_it_cannot_go_with() -> None:
     assert [line.removeprefix(begin) for line in found if line.startswith(begin)] == [
         "weights move before the norm of all gradients is known, so that nothing can be clipped to training.max_norm ="
         " 1; set that to inf, or this to false",
-        "weights move before a step is known not to be finite, so that none can be skipped; set training.on_nonfinite"
-        ' to "stop", or this to false',
+        "weights move before a step is known to be bad, so that none can be skipped; set training.on_nonfinite"
+        ' to "stop" or "rollback", or this to false',
         "no gradient is left for debug.compare_ranks = 3; set that to 0",
     ]
     assert problems((KEY, UNCLIPPED)) == []

@@ -191,6 +191,7 @@ INACTIVE = (
         lambda job: True,
         "training is one pass from the first step to the last, epochs included",
     ),
+    Inactive(("training.spike_",), lambda job: job.training.on_spike == "ignore", 'training.on_spike is "ignore"'),
     Inactive(("training.gc_freq",), lambda job: job.training.gc_debug, "training.gc_debug collects at every step"),
     Inactive(
         ("comm.save_traces_folder", "comm.save_traces_file_prefix"),

@@ -284,6 +284,25 @@ def _seed(checkpoint: Checkpoint) -> Problems:
         yield f"{key} nothing is loaded, but checkpoint.load_step is {checkpoint.load_step}; leave one out"
 
 
+def _bad_steps(job: JobConfig) -> Problems:
+    training, checkpoint = job.training, job.checkpoint
+    for name, policy in (("on_nonfinite", training.on_nonfinite), ("on_spike", training.on_spike)):
+        if policy == "rollback" and not (checkpoint.enable and not checkpoint.load_only):
+            switch = "checkpoint.load_only is true" if checkpoint.enable else "checkpoint.enable is false"
+            yield (
+                f'training.{name} = "rollback": there is no checkpoint to go back to while {switch}; set that to'
+                f' {"false" if checkpoint.enable else "true"}, or this to "skip"'
+            )
+    if training.on_spike == "ignore":
+        return
+    for name, factor in (
+        ("spike_loss_factor", training.spike_loss_factor),
+        ("spike_grad_norm_factor", training.spike_grad_norm_factor),
+    ):
+        if factor <= 1:
+            yield f"training.{name} = {factor:g}: about half of all steps are above their median; set it above 1"
+
+
 def _early_step(job: JobConfig) -> Problems:
     if not job.optimizer.early_step_in_backward:
         return
@@ -293,11 +312,12 @@ def _early_step(job: JobConfig) -> Problems:
             f"{key} weights move before the norm of all gradients is known, so that nothing can be clipped to"
             f" training.max_norm = {training.max_norm:g}; set that to inf, or this to false"
         )
-    if training.on_nonfinite == "skip":
-        yield (
-            f"{key} weights move before a step is known not to be finite, so that none can be skipped; set"
-            ' training.on_nonfinite to "stop", or this to false'
-        )
+    for name, policy in (("on_nonfinite", training.on_nonfinite), ("on_spike", training.on_spike)):
+        if policy == "skip":
+            yield (
+                f"{key} weights move before a step is known to be bad, so that none can be skipped; set"
+                f' training.{name} to "stop" or "rollback", or this to false'
+            )
     if job.debug.compare_ranks:
         yield f"{key} no gradient is left for debug.compare_ranks = {job.debug.compare_ranks}; set that to 0"
 
@@ -321,6 +341,7 @@ RULES: tuple[Callable[[JobConfig], Problems], ...] = (
     _async_tensor,
     _folders,
     _checkpoint,
+    _bad_steps,
     _early_step,
     _groups,
 )
