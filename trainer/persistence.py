@@ -7,28 +7,25 @@ and mean something on the same layout only; on another one they are seeded anew,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+import os
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from components.checkpoint.checkpointer import Checkpointer
 from components.checkpoint.fingerprint import JobIdentity, require_same_job
 from components.checkpoint.manifest import Manifest
-from components.checkpoint.ranks import Ranks
-from components.checkpoint.state import ALL_BUT_MODEL, check_exclude, model_tensors, optimizer_tensors
+from components.checkpoint.state import ALL_BUT_MODEL, check_exclude
 from components.config.job_config import JobConfig
+from components.runtime import seeds
 from components.runtime.distributed import new_host_group
 from components.runtime.errors import CheckpointError, ConfigError
 from components.runtime.logging import logger
-
-if TYPE_CHECKING:
-    from components.data.loader import Loader
-    from components.optim.optimizers import Optimizers
+from trainer.parts import Parts, Progress
 
 EXPORT_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -74,11 +71,17 @@ class Persistence:
             )
 
     def _find(self) -> Source | None:
-        """What to start from: a step of one's own folder, else `initial_load_path`, else nothing. Step 0 is a seed,
-        which holds nothing but weights."""
-        step = self.store.resolve(self.config.load_step)
+        """What to start from: a step of one's own folder, else `initial_load_path`, else nothing. Weights at step 0 are
+        a seed; a job that was stopped before its first step has everything at step 0."""
+        step = None
+        if self.config.resume == "never" and not _restarted():
+            if not self.config.load_only:
+                self.store.supersede(None)
+        else:
+            step = self.store.resolve(self.config.load_step)
         if step is not None:
-            return Source(step, self.store.read_manifest(step), model_only=step == 0)
+            manifest = self.store.read_manifest(step)
+            return Source(step, manifest, model_only=step == 0 and manifest.kind == "model_only")
         if self.config.initial_load_path is None:
             return None
         path = Path(self.config.initial_load_path)
@@ -111,7 +114,12 @@ class Persistence:
                 f" step-{source.step}; start from it with checkpoint.initial_load_path in a new job.dump_folder"
             )
         exclude = {*self.config.exclude_from_loading, *(ALL_BUT_MODEL if source.model_only else ())}
-        return self._load(source, exclude, parts, identity)
+        progress = self._restore(source, parts, identity, exclude)
+        if isinstance(source.step, int):
+            self.saved_step = source.step
+            if not self.config.load_only:
+                self.store.supersede(source.step)
+        return progress
 
     def newest(self) -> int | None:
         """The step of the newest whole checkpoint of this run's own that a running job can go back to, with everything
@@ -124,24 +132,45 @@ class Persistence:
 
     def reload(self, step: int, parts: Parts, identity: JobIdentity) -> Progress:
         """Bring the parts of a running job back to where its checkpoint `step` (`newest`) left them, as `load` does."""
-        return self._load(Source(step, self.store.read_manifest(step), model_only=False), set(), parts, identity)
+        return self._restore(Source(step, self.store.read_manifest(step), model_only=False), parts, identity, ())
 
-    def _load(self, source: Source, exclude: set[str], parts: Parts, identity: JobIdentity) -> Progress:
+    def _restore(self, source: Source, parts: Parts, identity: JobIdentity, exclude: Collection[str]) -> Progress:
+        """Read all but the excluded parts, in place. Random generators that were dealt otherwise are seeded anew."""
         if source.own and source.model_only:  # nothing but the model has to be the same yet
             saved, ours = _of_model(source.manifest.fingerprint), _of_model(identity.fingerprint)
             require_same_job(source.describe(), saved, ours)
-        job = identity if source.own and not source.model_only else None
-        state = self.store.load(source.step, parts.tensors, job=job, exclude=exclude, cast=source.model_only)
+        moved = "rng" not in exclude and not _alike(source.manifest.layout, identity.layout)
+        skipped = {*exclude, "rng"} if moved else {*exclude}
+        generators = self._generators(parts, seeds.generator_state(parts.device))
+        state = self.store.load(
+            source.step,
+            {**parts.tensors, **generators},
+            job=identity if source.own and not source.model_only else None,
+            exclude=skipped,
+            cast=source.model_only,
+            like=self._state(Progress(), parts, []),
+        )
         parts.equalize()
-        if isinstance(source.step, int):
-            self.saved_step = source.step
-            if not self.config.load_only:
-                self.store.supersede(source.step)
         logger.info("loaded %s%s", source.describe(), f", all but {', '.join(sorted(exclude))}" if exclude else "")
+        progress = self._progress(source, state, parts)
+        if moved:
+            logger.info("the layout is not that of %s: random generators are seeded anew", source.describe())
+            seeds.reseed(identity.fingerprint["debug.seed"], progress.step, parts.data_rank)
+        elif "rng" not in skipped:
+            _take(source, lambda: [seeds.set_generator_state(_raw(v), parts.device) for v in generators.values()])
+        return progress
+
+    def _progress(self, source: Source, state: Mapping[str, Any], parts: Parts) -> Progress:
+        """What the state says, given to whom it is for."""
         progress = Progress(**state.get("train_state", {}))
-        progress.schedule_start = state["lr_scheduler"]["start"] if "lr_scheduler" in state else progress.step
+        start = state["lr_scheduler"]["start"] if "lr_scheduler" in state else progress.step
+        progress.schedule_start = start
+        if "train_state" in state and (progress.step != source.manifest.step or progress.tokens < 0):
+            raise CheckpointError(f"checkpoint {source.describe()}: its train_state is of step {progress.step}")
+        if "train_state" in state and not 0 <= start <= progress.step:
+            raise CheckpointError(f"checkpoint {source.describe()}: its lr_scheduler starts at step {start}")
         if "dataloader" in state:
-            parts.loader.load_state(state["dataloader"])
+            _take(source, lambda: parts.loader.load_state(state["dataloader"]))
         return progress
 
     def save_seed(self, parts: Parts, identity: JobIdentity) -> None:
@@ -164,18 +193,50 @@ class Persistence:
             dtype = EXPORT_DTYPES[self.config.export_dtype]
             self.store.save_model(progress.step, parts.weights, identity, dtype)
         else:
-            state = {
-                "train_state": {
-                    "step": progress.step,
-                    "tokens": progress.tokens,
-                    "recent": progress.recent,
-                    "passed_over": progress.passed_over,
-                },
-                "lr_scheduler": {"start": progress.schedule_start},
-                "dataloader": parts.loader.state_dict(parts.table(progress.cursors, self.store.ranks)),
-            }
-            self.store.save(progress.step, parts.tensors, state, identity)
+            state = self._state(progress, parts, parts.table(progress.cursors, self.store.ranks))
+            drawn = progress.generators or seeds.generator_state(parts.device)
+            self.store.save(progress.step, {**parts.tensors, **self._generators(parts, drawn)}, state, identity)
         self.saved_step = progress.step
+
+    def _state(self, progress: Progress, parts: Parts, table: list[list[int]]) -> dict[str, Any]:
+        """Everything of a job that is no tensor, as part → plain JSON value."""
+        return {
+            "train_state": {
+                "step": progress.step,
+                "tokens": progress.tokens,
+                "recent": progress.recent,
+                "passed_over": progress.passed_over,
+            },
+            "lr_scheduler": {"start": progress.schedule_start},
+            "dataloader": parts.loader.state_dict(table),
+        }
+
+    def _generators(self, parts: Parts, state: bytes) -> dict[str, Tensor]:
+        """This rank's random generators as a tensor that no other rank has."""
+        return {f"rng.{self.store.ranks.rank}": torch.frombuffer(bytearray(state), dtype=torch.uint8)}
+
+
+def _restarted() -> bool:
+    """Whether torchrun has started the workers again: what is there is then of this course already."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
+def _alike(saved: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
+    """Whether two layouts deal the work to the ranks alike."""
+    keys = {*saved, *here} - {"sizes"}
+    return all(key in saved and key in here and saved[key] == here[key] for key in keys)
+
+
+def _raw(state: Tensor) -> bytes:
+    return state.numpy().tobytes()
+
+
+def _take(source: Source, load: Callable[[], object]) -> None:
+    """Let something take what was saved. Raises CheckpointError if it is not of the form that it saves."""
+    try:
+        load()
+    except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:
+        raise CheckpointError(f"checkpoint {source.describe()}: {type(error).__name__}: {error}") from error
 
 
 def _of_model(fingerprint: Mapping[str, Any]) -> dict[str, Any]:

@@ -99,19 +99,19 @@ class Checkpointer:
                 logging.WARNING, f"removed {len(removed)} unfinished checkpoints of killed runs: {', '.join(removed)}"
             )
 
-    def supersede(self, step: int) -> None:
-        """Before a run goes on from `step`: rename later checkpoints, which are of another course of the same job.
+    def supersede(self, step: int | None) -> None:
+        """Before a run goes on from `step`: rename later checkpoints, which are of another course of the same job. None:
+        it starts anew, and all are.
 
         Else the folder would mix two courses, and a later resume would take the wrong one. They stay, for whoever
         wants them back. Collective.
         """
-        what = f"cannot go on from step-{step} in '{self.root}'"
-        later = [n for n in self.ranks.on_first(self._verifier.finished, what) if n > step]
+        going = "starting anew" if step is None else f"going on from step-{step}"
+        what = f"{going}: '{self.root}' cannot be changed"
+        later = [n for n in self.ranks.on_first(self._verifier.finished, what) if step is None or n > step]
         for n in later:
             aside = self.ranks.on_first(lambda n=n: storage.set_aside(self._verifier.folder(n), "superseded"), what)
-            self._log(
-                logging.WARNING, f"going on from step-{step}: step-{n} is of an earlier course, now '{aside.name}'"
-            )
+            self._log(logging.WARNING, f"{going}: step-{n} is of an earlier course, now '{aside.name}'")
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], job: JobIdentity) -> Path:
         """Save everything that a resume needs; the checkpoint's folder.
