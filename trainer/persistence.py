@@ -132,7 +132,10 @@ class Persistence:
 
     def reload(self, step: int, parts: Parts, identity: JobIdentity) -> Progress:
         """Bring the parts of a running job back to where its checkpoint `step` (`newest`) left them, as `load` does."""
-        return self._restore(Source(step, self.store.read_manifest(step), model_only=False), parts, identity, ())
+        progress = self._restore(Source(step, self.store.read_manifest(step), False), parts, identity, ())
+        self.saved_step = step
+        self.store.supersede(step)
+        return progress
 
     def _restore(self, source: Source, parts: Parts, identity: JobIdentity, exclude: Collection[str]) -> Progress:
         """Read all but the excluded parts, in place. Random generators that were dealt otherwise are seeded anew."""
