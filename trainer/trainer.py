@@ -100,9 +100,9 @@ class Trainer:
         # where it stands
         tied = self.pipeline.tied.pairs if self.pipeline else []
         place = (self.dims.data_rank, self.dims.data_degree)
-        self.parts = Parts(self.models, self.optimizers, self.loader, *place, tied)
+        self.parts = Parts(self.models, self.optimizers, self.loader, *place, tied, self.device)
         self.progress = self.persistence.load(self.parts, self.identity)
-        self.gate, self.settled = Gate(), replace(self.progress)
+        self.gate, self.settled = Gate(), replace(self.progress, generators=seeds.generator_state(self.device))
         self.validator = (self.spec.build_validator_fn or Validator)(self) if job.validation.enable else None
         # what it tells
         start = self.progress.step
@@ -130,7 +130,8 @@ class Trainer:
             "debug.seed": self.seed,
         }
         local = self.job.training.local_batch_size
-        layout = {**asdict(self.dims.degrees), "local_batch_size": local, "sizes": sizes(self.job)}
+        how = {"local_batch_size": local, "device": self.device.type}
+        layout = {**asdict(self.dims.degrees), **how, "sizes": sizes(self.job)}
         return JobIdentity(fingerprint_of(self.job, derived), layout, to_toml(resolved.job), git_revision())
 
     def build_stages(self) -> list[Stage]:
@@ -236,7 +237,8 @@ class Trainer:
         self.optimizers.zero_grad()
         self.meter.add(facts.count, computed=rows.batch.labels.numel() * self.dims.data_degree)
         self.progress.tokens = self.meter.tokens
-        self.settled = replace(self.progress, cursors=rows.cursors)
+        drawn = seeds.generator_state(self.device)
+        self.settled = replace(self.progress, cursors=rows.cursors, generators=drawn)
         return facts.values
 
     def global_norm(self) -> Tensor:
