@@ -10,6 +10,8 @@ import hashlib
 import os
 import random
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -58,6 +60,14 @@ def _seed_all(seed: int) -> None:
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)  # all that it takes
+
+
+@contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """What is drawn inside does not count: the generators go on from where they were."""
+    state = generator_state(device)
+    yield
+    set_generator_state(state, device)
 
 
 def generator_state(device: torch.device) -> bytes:
