@@ -179,6 +179,7 @@ class Loader:
             persistent_workers=self._settings.persistent_workers,
             collate_fn=_as_is,
             worker_init_fn=_calm,
+            generator=torch.Generator(),  # else it draws from the global one, whenever a pass over the data begins
         )
 
     def _position(self) -> dict[int, Cursor]:
