@@ -334,7 +334,7 @@ class Trainer:
         step, job = self.progress.step, self.job
         validation = None
         if self.validator and (last or step % job.validation.freq == 0):
-            with self.meter.pause():
+            with self.meter.pause(), seeds.undisturbed(self.device):
                 validation = self.validator.validate(step)
         if last or step == 1 or step % job.metrics.log_freq == 0 or validation is not None:
             self.sinks.log(self.meter.report(step, values, self.optimizers.lr, validation))
