@@ -161,6 +161,7 @@ class Persistence:
             seeds.reseed(identity.fingerprint["debug.seed"], progress.step, parts.data_rank)
         elif "rng" not in skipped:
             _take(source, lambda: [seeds.set_generator_state(_raw(v), parts.device) for v in generators.values()])
+        progress.generators = seeds.generator_state(parts.device)
         return progress
 
     def _progress(self, source: Source, state: Mapping[str, Any], parts: Parts) -> Progress:
