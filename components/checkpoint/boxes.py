@@ -77,6 +77,7 @@ class LoadBoxes(DefaultLoadPlanner):
     def __init__(self, boxes: Mapping[str, Box]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._boxes = boxes
+        self._written = dict.fromkeys(boxes, 0)
 
     def create_local_plan(self) -> LoadPlan:
         """One item for each saved box that meets this rank's."""
@@ -93,6 +94,14 @@ class LoadBoxes(DefaultLoadPlanner):
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
         """The box's data, which are written into."""
         return self._boxes[index.fqn].data
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        """Count what has been read."""
+        self._written[read_item.dest_index.fqn] += tensor.numel()
+
+    def unfilled(self) -> list[str]:
+        """Tensors of whose boxes not every element has been read, sorted."""
+        return sorted(name for name, box in self._boxes.items() if self._written[name] != box.data.numel())
 
 
 def _chunk(box: Box) -> ChunkStorageMetadata:
