@@ -150,11 +150,29 @@ def _entry_problem(entry: TensorEntry, sizes: Mapping[str, int], name: str) -> s
             return f"{name} reaches beyond the end of {piece.file}"
         if not _is_inside(piece, entry.shape):
             return f"{name} has a piece outside its shape {entry.shape}"
-    starts = {tuple(piece.offsets) for piece in entry.pieces}
     volume = sum(math.prod(piece.sizes) for piece in entry.pieces)
-    if len(starts) < len(entry.pieces) or volume != math.prod(entry.shape):
+    if volume != math.prod(entry.shape) or _overlap(entry):
         return f"{name} is not filled exactly by its pieces"
     return None
+
+
+def _overlap(entry: TensorEntry) -> bool:
+    """Whether two pieces share an element. Compares neighbours along the dimension that is cut most often."""
+    if len(entry.pieces) < 2:
+        return False
+    dim = max(range(len(entry.shape)), key=lambda d: len({piece.offsets[d] for piece in entry.pieces}))
+    near: list[Piece] = []
+    for piece in sorted(entry.pieces, key=lambda piece: piece.offsets[dim]):
+        near = [other for other in near if other.offsets[dim] + other.sizes[dim] > piece.offsets[dim]]
+        if any(_meet(piece, other) for other in near):
+            return True
+        near.append(piece)
+    return False
+
+
+def _meet(a: Piece, b: Piece) -> bool:
+    ranges = zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True)
+    return all(start < other + length and other < start + size for start, size, other, length in ranges)
 
 
 def _is_inside(piece: Piece, shape: list[int]) -> bool:
@@ -191,6 +209,8 @@ def read_tensors(folder: Path, index: Index, tensors: Mapping[str, Tensor]) -> N
     reader.set_up_storage_reader(metadata, is_coordinator=False)
     plan = planner.finish_plan(reader.prepare_local_plan(planner.create_local_plan()))
     reader.read_data(plan, planner).wait()
+    if unfilled := planner.unfilled():
+        raise CheckpointError(f"not filled by what was read: {', '.join(unfilled)}")
 
 
 def _metadata(index: Index) -> Metadata:
