@@ -19,32 +19,35 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from components.checkpoint import storage
-from components.checkpoint.boxes import boxes_of
-from components.checkpoint.contents import read_files, require_savable, write_files
+from components.checkpoint.boxes import Box
+from components.checkpoint.contents import as_boxes, read_files, require_savable, write_files
 from components.checkpoint.fingerprint import JobIdentity, require_same_job
-from components.checkpoint.manifest import FileEntry, Kind, Manifest, render
+from components.checkpoint.manifest import MANIFEST, FileEntry, Kind, Manifest, render
 from components.checkpoint.ranks import Ranks, describe
 from components.checkpoint.retention import doomed_steps
 from components.checkpoint.state import ALL_BUT_MODEL, check_exclude, export_tensors, state_problems, without
+from components.checkpoint.storage import Folder, open_storage, step_name
 from components.checkpoint.tensors import Index, read_tensors, target_problems
-from components.checkpoint.verifying import Verifier
+from components.checkpoint.verifying import Verifier, Verify
 from components.runtime.errors import CheckpointError
 from components.runtime.logging import logger
 
 
 class Checkpointer:
-    """The checkpoints below `root` (`{dump_folder}/{checkpoint.folder}`).
+    """The checkpoints below `root`, a path (`{dump_folder}/{checkpoint.folder}`) or a URL.
 
     `keep_latest_k`: checkpoints that stay after a save, 0 for all. `group`: the ranks that save and load together, a
-    process group of the CPU; None for a single process. Creating a Checkpointer touches no file.
+    process group of the CPU; None for a single process. `verify`: what is checked before a checkpoint is trusted
+    (`checkpoint.verify`). Creating a Checkpointer touches no file.
     """
 
-    def __init__(self, root: Path, *, keep_latest_k: int, group: ProcessGroup | None) -> None:
-        self.root = root
+    def __init__(
+        self, root: str | Path, *, keep_latest_k: int, group: ProcessGroup | None, verify: Verify = "hashes"
+    ) -> None:
+        self.storage = open_storage(root)
         self._keep = keep_latest_k
         self.ranks = Ranks(group)
-        self._verifier = Verifier(root, self.ranks)
+        self._verifier = Verifier(self.storage, self.ranks, verify)
 
     def steps(self) -> list[int]:
         """Steps with a valid checkpoint, ascending: manifest and sizes are checked, hashes are not. Not collective."""
@@ -65,7 +68,7 @@ class Checkpointer:
             broken += problems
         if broken:
             mend = "move them away or start a new job.dump_folder"
-            raise CheckpointError(f"no checkpoint in '{self.root}' is valid: {'; '.join(broken)}; {mend}")
+            raise CheckpointError(f"no checkpoint in '{self.storage.path}' is valid: {'; '.join(broken)}; {mend}")
         return None
 
     def resolve(self, load_step: int) -> int | None:
@@ -77,15 +80,17 @@ class Checkpointer:
             return self.latest()
         if problems := self.verify(load_step):
             there = self.ranks.on_first(lambda: ", ".join(f"step-{step}" for step in self.steps())) or "none"
-            raise CheckpointError(f"checkpoint.load_step = {load_step}: {problems[0]}; valid in '{self.root}': {there}")
+            raise CheckpointError(
+                f"checkpoint.load_step = {load_step}: {problems[0]}; valid in '{self.storage.path}': {there}"
+            )
         return load_step
 
-    def read_manifest(self, step: int | Path) -> Manifest:
+    def read_manifest(self, step: int | Path | str) -> Manifest:
         """The manifest of a checkpoint; sizes are checked, hashes are not. Raises CheckpointError."""
         return self._verifier.manifest(step)
 
-    def verify(self, step: int | Path) -> list[str]:
-        """Check every byte of a checkpoint, the ranks sharing the work; what is wrong, empty if nothing is."""
+    def verify(self, step: int | Path | str) -> list[str]:
+        """Check a checkpoint as `verify` says, the ranks sharing the work; what is wrong, empty if nothing is."""
         return self._verifier.problems(step)
 
     def prepare(self) -> None:
@@ -93,42 +98,67 @@ class Checkpointer:
 
         Raises CheckpointError if it cannot be written to.
         """
-        what = f"checkpoint.folder: '{self.root}' cannot be written to"
-        if removed := self.ranks.on_first(lambda: storage.prepare(self.root), what):
+        what = f"checkpoint.folder: '{self.storage.path}' cannot be written to"
+        if removed := self.ranks.on_first(self.storage.prepare, what):
             self._log(
                 logging.WARNING, f"removed {len(removed)} unfinished checkpoints of killed runs: {', '.join(removed)}"
             )
 
     def supersede(self, step: int | None) -> None:
-        """Before a run goes on from `step`: rename later checkpoints, which are of another course of the same job. None:
-        it starts anew, and all are.
+        """Before a run goes on from `step`: rename later checkpoints, which are of another course of the same job.
+        None: it starts anew, and all are.
 
         Else the folder would mix two courses, and a later resume would take the wrong one. They stay, for whoever
         wants them back. Collective.
         """
         going = "starting anew" if step is None else f"going on from step-{step}"
-        what = f"{going}: '{self.root}' cannot be changed"
+        what = f"{going}: '{self.storage.path}' cannot be changed"
         later = [n for n in self.ranks.on_first(self._verifier.finished, what) if step is None or n > step]
         for n in later:
-            aside = self.ranks.on_first(lambda n=n: storage.set_aside(self._verifier.folder(n), "superseded"), what)
-            self._log(logging.WARNING, f"{going}: step-{n} is of an earlier course, now '{aside.name}'")
+            aside = self.ranks.on_first(lambda n=n: self.storage.set_aside(step_name(n), "superseded"), what)
+            self._log(logging.WARNING, f"{going}: step-{n} is of an earlier course, now '{aside}'")
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], job: JobIdentity) -> Path:
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor | Box],
+        state: Mapping[str, Any],
+        job: JobIdentity,
+        kind: Kind = "training",
+    ) -> Folder:
         """Save everything that a resume needs; the checkpoint's folder.
 
-        `tensors`: `<part>.<name>` → tensor or DTensor, what this rank holds. `state`: part → plain JSON value, equal on
-        all ranks. Saving a step again that is there, whole and of the same job, does nothing. Raises CheckpointError on
-        all ranks if anything fails on any; no `step-N` appears then, and earlier checkpoints are untouched.
+        `tensors`: `<part>.<name>` → tensor, DTensor, or what this rank holds of one. `state`: part → plain JSON value,
+        equal on all ranks. Saving a step again that is there, whole and of the same job, does nothing. Raises
+        CheckpointError on all ranks if anything fails on any; no `step-N` appears then, and earlier checkpoints are
+        untouched.
         """
-        return self._save(step, tensors, dict(state), job, "training")
+        what = f"cannot save step-{step} in '{self.storage.path}'"
+        if self._is_saved(step, job, kind, what):
+            return self._verifier.folder(step)
+        started = time.perf_counter()
+        require_savable(tensors, state, self.ranks, what)
+        temporary = self.ranks.on_first(lambda: self.storage.temporary(step_name(step)), what)
+        try:
+            boxes = self.ranks.everywhere(lambda: as_boxes(tensors), what)
+            files = write_files(temporary, boxes, state, self.ranks, what)
+            manifest = render(_manifest(step, kind, files, job))
+            final = self.ranks.on_first(lambda: self.storage.commit(temporary, step_name(step), manifest), what)
+        except CheckpointError:
+            self._discard(temporary)
+            raise
+        size, seconds = sum(entry.size for entry in files), time.perf_counter() - started
+        self._log(logging.INFO, f"saved step-{step}: {size / 1e6:.1f} MB in {seconds:.2f} s")
+        self._retain(step)
+        return final
 
-    def save_model(self, step: int, tensors: Mapping[str, Tensor], job: JobIdentity, dtype: torch.dtype) -> Path:
+    def save_model(self, step: int, tensors: Mapping[str, Tensor], job: JobIdentity, dtype: torch.dtype) -> Folder:
         """Save only the model's tensors, as `dtype` (`checkpoint.export_dtype`). Training cannot resume from it."""
-        return self._save(step, export_tensors(tensors, dtype), {}, job, "model_only")
+        return self.save(step, export_tensors(tensors, dtype), {}, job, "model_only")
 
     def load(
         self,
-        step: int | Path,
+        step: int | Path | str,
         tensors: Mapping[str, Tensor],
         *,
         job: JobIdentity | None,
@@ -138,8 +168,8 @@ class Checkpointer:
     ) -> dict[str, Any]:
         """Verify a checkpoint and load it into the tensors in place; the saved state, part → value.
 
-        `step`: a step of this job, or the folder of any checkpoint. `job`: whose checkpoint it must be; None where that
-        does not matter (`initial_load_path`). `exclude`: parts left as they are. `cast`: floating point tensors may
+        `step`: a step of this job, or the path or URL of any checkpoint. `job`: whose checkpoint it must be; None where
+        that does not matter (`initial_load_path`). `exclude`: parts left as they are. `cast`: floating point tensors may
         have another type here. `like`: a state whose parts, keys and types the saved one must have, but for `exclude`.
         Raises CheckpointError, before any tensor is touched, for a checkpoint that is broken, of another job or without
         what a resume needs, and for each tensor and piece of state that is missing, unexpected or does not fit.
@@ -173,35 +203,13 @@ class Checkpointer:
 
         self.ranks.everywhere(check, f"{what} does not fit")
 
-    def _save(
-        self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], job: JobIdentity, kind: Kind
-    ) -> Path:
-        final, what = self._verifier.folder(step), f"cannot save step-{step} in '{self.root}'"
-        if self._is_saved(step, job, kind, what):
-            return final
-        started = time.perf_counter()
-        require_savable(tensors, state, self.ranks, what)
-        temporary = self.ranks.on_first(lambda: storage.make_temporary(self.root, step), what)
-        try:
-            boxes = self.ranks.everywhere(lambda: boxes_of(tensors), what)
-            files = write_files(temporary, boxes, state, self.ranks, what)
-            manifest = _manifest(step, kind, files, job)
-            self.ranks.on_first(lambda: storage.commit(temporary, final, render(manifest)), what)
-        except CheckpointError:
-            self._discard(temporary)
-            raise
-        size, seconds = sum(entry.size for entry in files), time.perf_counter() - started
-        self._log(logging.INFO, f"saved step-{step}: {size / 1e6:.1f} MB in {seconds:.2f} s")
-        self._retain(step)
-        return final
-
     def _is_saved(self, step: int, job: JobIdentity, kind: Kind, what: str) -> bool:
         folder = self._verifier.folder(step)
-        if not self.ranks.on_first(lambda: folder.is_symlink() or folder.exists(), what):
+        if not self.ranks.on_first(lambda: self.storage.exists(folder.name), what):
             return False
         if problems := self.verify(step):
-            aside = self.ranks.on_first(lambda: storage.set_aside(folder, "broken"), what)
-            self._log(logging.WARNING, f"{problems[0]}: moved aside to '{aside}'")
+            aside = self.ranks.on_first(lambda: self.storage.set_aside(folder.name, "broken"), what)
+            self._log(logging.WARNING, f"{problems[0]}: moved aside to '{self.storage.folder(aside).path}'")
             return False
         manifest = self.read_manifest(step)
         require_same_job(folder.name, manifest.fingerprint, job.fingerprint)
@@ -210,12 +218,12 @@ class Checkpointer:
         self._log(logging.INFO, f"step-{step} is there already, valid and of this job: it stays as it is")
         return True
 
-    def _discard(self, temporary: Path) -> None:
+    def _discard(self, temporary: Folder) -> None:
         if self.ranks.first:
             try:
-                storage.discard(temporary)
-            except OSError as error:
-                self._log(logging.WARNING, f"{describe(error)}: '{temporary}' stays until the next start")
+                self.storage.discard(temporary)
+            except (OSError, CheckpointError) as error:
+                self._log(logging.WARNING, f"{describe(error)}: '{temporary.path}' stays until the next start")
 
     def _retain(self, saved: int) -> None:
         if not self.ranks.first or not self._keep:
@@ -229,11 +237,11 @@ class Checkpointer:
 
     def _delete(self, step: int, manifest: Manifest) -> None:
         folder = self._verifier.folder(step)
-        if foreign := storage.foreign_files(folder, manifest):
-            text = f"'{folder}' stays beyond checkpoint.keep_latest_k: it holds other files ({', '.join(foreign)})"
+        if foreign := sorted({*folder.names()} - {entry.name for entry in manifest.files} - {MANIFEST}):
+            text = f"'{folder.path}' stays beyond checkpoint.keep_latest_k: it holds other files ({', '.join(foreign)})"
             self._log(logging.WARNING, text)
         else:
-            storage.delete(folder)
+            self.storage.delete(folder.name)
 
     def _log(self, level: int, *texts: str) -> None:
         for text in texts:

@@ -8,20 +8,21 @@ names are plain file names, numbers are bounded, nothing in it is run. Torch-fre
 import hashlib
 import json
 import re
-import stat
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
 from components.checkpoint.hashing import ALGORITHM, CHUNK_BYTES, chunk_count
 from components.runtime.errors import CheckpointError
 
+if TYPE_CHECKING:
+    from components.checkpoint.storage import Folder
+
 MANIFEST = "manifest.json"
 FORMAT = 1
-Kind = Literal["training", "model_only"]
+Kind = Literal["training", "model_only", "hf"]
 Count = Annotated[int, Field(ge=0)]
 
 _PLAIN = re.compile(r"[A-Za-z0-9_.-]+")
@@ -46,7 +47,8 @@ class Manifest:
     step: Count
     """Optimizer steps done when it was saved."""
     kind: Kind
-    """training: everything that a resume needs; model_only: weights, in `checkpoint.export_dtype`."""
+    """training: everything that a resume needs; model_only: weights, in `checkpoint.export_dtype`;
+    hf: an export, Hugging Face safetensors."""
     created: str
     """Time of saving, ISO 8601, UTC."""
     files: list[FileEntry]
@@ -123,37 +125,35 @@ def is_plain(name: str) -> bool:
     return bool(_PLAIN.fullmatch(name)) and name not in (".", "..", MANIFEST)
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: "Folder") -> Manifest:
     """The manifest of a checkpoint, checked, and the sizes of its files too (not their hashes).
 
     Raises CheckpointError with all that is wrong.
     """
-    path = folder / MANIFEST
     try:
-        if not stat.S_ISREG(path.lstat().st_mode):
-            raise CheckpointError(f"{MANIFEST} is not a regular file")
-        raw = path.read_bytes()
+        with folder.open(MANIFEST) as file:
+            raw = file.read()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(
             f"no {MANIFEST} in it: not a checkpoint of Espalier, or one that was never finished"
         ) from error
     except OSError as error:
-        raise CheckpointError(f"{MANIFEST} cannot be read: {error.strerror}") from error
+        raise CheckpointError(f"{MANIFEST} cannot be read: {error.strerror or error}") from error
     manifest = parse(raw)
-    if problems := [problem for entry in manifest.files if (problem := _size_problem(folder, entry))]:
+    try:
+        sizes = folder.sizes()
+    except OSError as error:
+        raise CheckpointError(f"it cannot be read: {error.strerror or error}") from error
+    if problems := [problem for entry in manifest.files if (problem := _size_problem(sizes.get(entry.name), entry))]:
         raise CheckpointError("; ".join(problems))
     return manifest
 
 
-def _size_problem(folder: Path, entry: FileEntry) -> str | None:
-    try:
-        status = (folder / entry.name).lstat()
-    except FileNotFoundError:
+def _size_problem(size: int | None, entry: FileEntry) -> str | None:
+    if size is None:
         return f"{entry.name} is missing"
-    except OSError as error:
-        return f"{entry.name}: {error.strerror}"
-    if not stat.S_ISREG(status.st_mode):
+    if size < 0:
         return f"{entry.name} is not a regular file"
-    if status.st_size != entry.size:
-        return f"{entry.name} has {status.st_size} bytes instead of {entry.size}"
+    if size != entry.size:
+        return f"{entry.name} has {size} bytes instead of {entry.size}"
     return None

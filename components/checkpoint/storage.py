@@ -1,28 +1,28 @@
-"""The folder that holds checkpoints: names, and the operations that must not be torn by a kill.
+"""Where checkpoints are: the operations that must not be torn by a kill, whatever the storage can do by itself.
 
-A checkpoint is written under a temporary name and renamed when it is whole; it is deleted the other way round. So at
-any instant a folder named `step-N` is either whole or was not made by these functions. What is temporary carries a name
-that only these functions give, and nothing else is ever removed. For local and shared POSIX file systems; storage
-without an atomic rename needs another class. Torch-free.
+A `Storage` holds `Folder`s of plain files. `local` writes under a temporary name and renames; `remote`, for what fsspec
+reaches by a URL and cannot rename, writes the manifest last. Either way a folder with a valid manifest is whole. What
+is unfinished bears a name or a mark that only these classes give, and nothing else is ever removed. Rejected: one class
+over fsspec for both, since it can neither sync a file nor rename a folder at once. Torch-free.
 """
 
-import os
+import io
 import re
 import secrets
-import shutil
-import stat
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO, Protocol
 
-from components.checkpoint.manifest import MANIFEST, Manifest
-from components.runtime.errors import CheckpointError
+from components.checkpoint.hashing import ChunkHasher
+from components.checkpoint.manifest import FileEntry
 
 _STEP = re.compile(r"step-(0|[1-9][0-9]*)")
-_LEFTOVER = re.compile(r"\.(?:tmp|del)-step-(?:0|[1-9][0-9]*)-[0-9a-f]{16}")
+LOCAL_URL = "file://"
 
 
-def step_folder(root: Path, step: int) -> Path:
-    """Where the checkpoint of a step is."""
-    return root / f"step-{step}"
+def step_name(step: int) -> str:
+    """The name of the folder that holds the checkpoint of a step."""
+    return f"step-{step}"
 
 
 def step_of(name: str) -> int | None:
@@ -31,121 +31,189 @@ def step_of(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def step_folders(root: Path) -> list[int]:
-    """Steps that have a folder, ascending, whatever is in it. A symbolic link is not a folder of ours.
+def aside_name(name: str, why: str) -> str:
+    """A fresh name, no checkpoint's, for a folder that is in the way."""
+    return f"{name}.{why}-{secrets.token_hex(8)}"
 
-    Raises CheckpointError if `root` cannot be read.
+
+class HashedFile(io.RawIOBase):
+    """A new file, written from its beginning to its end; hashed meanwhile, so that it need not be read again.
+
+    `finish` is called with the file before it is closed, to bring it to the disk. Raises OSError.
     """
-    if not root.is_dir():
-        return []
-    try:
-        with os.scandir(root) as entries:
-            names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
-    except OSError as error:
-        raise CheckpointError(f"'{root}' cannot be read: {error.strerror}") from error
-    return sorted(step for name in names if (step := step_of(name)) is not None)
+
+    def __init__(self, name: str, file: BinaryIO, finish: Callable[[BinaryIO], None] = lambda file: None) -> None:
+        super().__init__()
+        self._name, self._file, self._finish = name, file, finish
+        self._hasher = ChunkHasher()
+
+    @property
+    def entry(self) -> FileEntry:
+        """What was written: name, bytes, hashes."""
+        return FileEntry(self._name, self._hasher.size, self._hasher.hashes())
+
+    def writable(self) -> bool:
+        """It is."""
+        return True
+
+    def write(self, data: memoryview | bytes) -> int:  # pyrefly: ignore[bad-override]  # no buffer type in Python 3.11
+        """Write all of the data; their number of bytes."""
+        view = memoryview(data).cast("B")
+        self._file.write(view)
+        self._hasher.update(view)
+        return len(view)
+
+    def tell(self) -> int:
+        """Bytes written."""
+        return self._hasher.size
+
+    def close(self) -> None:
+        """Bring it to the disk and close it."""
+        if self.closed:
+            return
+        try:
+            self._finish(self._file)
+        finally:
+            super().close()
+            self._file.close()
 
 
-def prepare(root: Path) -> list[str]:
-    """Create the folder, try whether it can be written to, and remove what killed runs left; the names of the latter.
+class Folder(Protocol):
+    """One flat folder of plain files."""
 
-    Raises OSError.
-    """
-    _make_folder(root)
-    probe = make_temporary(root, 0)
-    write_file(probe / "probe", b"")
-    shutil.rmtree(probe)
-    with os.scandir(root) as entries:
-        left = [
-            entry.name for entry in entries if _LEFTOVER.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
-        ]
-    for name in left:
-        shutil.rmtree(root / name)
-    return sorted(left)
+    @property
+    def name(self) -> str:
+        """Its name, as in `step-20`."""
+        ...
+
+    @property
+    def path(self) -> str:
+        """The whole path or URL."""
+        ...
+
+    @property
+    def local(self) -> bool:
+        """Whether other programs find plain files there."""
+        ...
+
+    def names(self) -> list[str]:
+        """Names of all that is in it. Raises OSError."""
+        ...
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each regular file in it; −1 for anything else. Raises OSError."""
+        ...
+
+    def size(self, name: str) -> int:
+        """Bytes of a file. Raises CheckpointError if it is no regular file, OSError."""
+        ...
+
+    def open(self, name: str) -> BinaryIO:
+        """A file for reading, at any place. Raises CheckpointError if it is no regular file, OSError."""
+        ...
+
+    def create(self, name: str) -> HashedFile:
+        """A new file, which is on the disk once it is closed. Raises FileExistsError, OSError."""
+        ...
 
 
-def _make_folder(folder: Path) -> None:
-    """Create a folder and its parents so that they outlive a crash."""
-    if folder.is_dir():
-        return
-    _make_folder(folder.parent)
-    folder.mkdir(exist_ok=True)
-    sync_folder(folder.parent)
+class Storage(Protocol):
+    """The folder that holds a job's checkpoints, or its exports, each a folder of its own."""
+
+    @property
+    def path(self) -> str:
+        """The whole path or URL."""
+        ...
+
+    def folder(self, name: str) -> Folder:
+        """A folder in it, there or not."""
+        ...
+
+    def folder_names(self) -> list[str]:
+        """Names of the folders in it, none if it is not there itself; links are left out. Raises CheckpointError."""
+        ...
+
+    def exists(self, name: str) -> bool:
+        """Whether anything is in the way of a folder of that name."""
+        ...
+
+    def prepare(self) -> list[str]:
+        """Create it, try whether it can be written to, and remove what killed runs left; the names of the latter.
+
+        Raises OSError, CheckpointError.
+        """
+        ...
+
+    def temporary(self, name: str) -> Folder:
+        """An empty folder to write into what will be called `name`. Raises OSError, CheckpointError."""
+        ...
+
+    def commit(self, temporary: Folder, name: str, manifest: bytes) -> Folder:
+        """Make a written folder whole: from here on it is there as `name`. Raises OSError, CheckpointError."""
+        ...
+
+    def discard(self, temporary: Folder) -> None:
+        """Remove a temporary folder. Raises OSError, CheckpointError."""
+        ...
+
+    def set_aside(self, name: str, why: str) -> str:
+        """Give a folder that is in the way a name that is no checkpoint's; the new name.
+
+        Raises OSError, CheckpointError.
+        """
+        ...
+
+    def delete(self, name: str) -> None:
+        """Remove a checkpoint; a kill leaves it whole, or as something that `prepare` removes.
+
+        Raises OSError, CheckpointError.
+        """
+        ...
 
 
-def _fresh(root: Path, kind: str, name: str) -> Path:
-    return root / f".{kind}-{name}-{secrets.token_hex(8)}"
-
-
-def make_temporary(root: Path, step: int) -> Path:
-    """A new folder to write the checkpoint of a step into. Raises OSError."""
-    _make_folder(root)
-    folder = _fresh(root, "tmp", f"step-{step}")
-    folder.mkdir()
-    return folder
-
-
-def write_file(path: Path, data: bytes) -> None:
+def write_file(folder: Folder, name: str, data: bytes) -> FileEntry:
     """Write a new file and wait until it is on the disk. Raises OSError, also if the file exists."""
-    with path.open("xb") as file:
+    with folder.create(name) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    return file.entry
 
 
-def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk. Raises OSError."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def read_file(folder: Folder, name: str) -> bytes:
+    """All bytes of a file. Raises CheckpointError, OSError."""
+    with folder.open(name) as file:
+        return file.read()
 
 
-def commit(temporary: Path, final: Path, manifest: bytes) -> None:
-    """Make a written folder a checkpoint: manifest, folder, rename, parent, each on the disk before the next begins.
-
-    If the last sync fails the rename is taken back, since it may not outlive a crash. Raises OSError, and
-    CheckpointError if `final` has appeared in the meantime.
-    """
-    write_file(temporary / MANIFEST, manifest)
-    sync_folder(temporary)
-    if os.path.lexists(final):
-        raise CheckpointError(
-            f"'{final}' has appeared while it was being saved: let only one job write to a dump_folder"
-        )
-    os.rename(temporary, final)
-    try:
-        sync_folder(final.parent)
-    except OSError:
-        os.rename(final, temporary)
-        raise
+def step_folders(storage: Storage) -> list[int]:
+    """Steps that have a folder, ascending, whatever is in it. Raises CheckpointError."""
+    return sorted(step for name in storage.folder_names() if (step := step_of(name)) is not None)
 
 
-def set_aside(folder: Path, why: str) -> Path:
-    """Rename a folder that is in the way to `step-N.<why>-…`, no checkpoint's name; its new path. Raises OSError."""
-    aside = folder.with_name(f"{folder.name}.{why}-{secrets.token_hex(8)}")
-    os.rename(folder, aside)
-    sync_folder(folder.parent)
-    return aside
+def _is_url(root: str | Path) -> bool:
+    return "://" in str(root) and not str(root).startswith(LOCAL_URL)
 
 
-def discard(temporary: Path) -> None:
-    """Remove a temporary folder. Raises OSError."""
-    if _LEFTOVER.fullmatch(temporary.name) and temporary.exists():
-        shutil.rmtree(temporary)
+def _local_path(root: str | Path) -> Path:
+    return Path(str(root).removeprefix(LOCAL_URL))
 
 
-def foreign_files(folder: Path, manifest: Manifest) -> list[str]:
-    """Names in a checkpoint's folder that its manifest does not list."""
-    return sorted(set(os.listdir(folder)) - {entry.name for entry in manifest.files} - {MANIFEST})
+def open_storage(root: str | Path) -> Storage:
+    """The storage at a path or URL; nothing is read or written yet."""
+    if _is_url(root):
+        from components.checkpoint.remote import RemoteStorage
+
+        return RemoteStorage(str(root).rstrip("/"))
+    from components.checkpoint.local import LocalStorage
+
+    return LocalStorage(_local_path(root))
 
 
-def delete(folder: Path) -> None:
-    """Remove a checkpoint; a kill leaves it whole or under a temporary name. Raises OSError."""
-    if step_of(folder.name) is None or not stat.S_ISDIR(folder.lstat().st_mode):
-        raise CheckpointError(f"'{folder}' is not a checkpoint folder: it is not deleted")
-    doomed = _fresh(folder.parent, "del", folder.name)
-    os.rename(folder, doomed)
-    sync_folder(folder.parent)
-    shutil.rmtree(doomed)
+def open_folder(path: str | Path) -> Folder:
+    """The folder of any checkpoint, by path or URL; nothing is read yet. A path may lead through links."""
+    if _is_url(path):
+        from components.checkpoint.remote import RemoteFolder
+
+        return RemoteFolder(str(path).rstrip("/"))
+    from components.checkpoint.local import LocalFolder
+
+    return LocalFolder(_local_path(path))

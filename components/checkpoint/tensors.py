@@ -12,19 +12,16 @@ DCP's planners and storage are driven step by step, through their public interfa
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
-from torch.distributed.checkpoint import (
-    FileSystemReader,
-    FileSystemWriter,
-    Metadata,
-)
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, Metadata
+from torch.distributed.checkpoint.filesystem import FileSystemBase
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
@@ -34,8 +31,9 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from components.checkpoint.boxes import Box, LoadBoxes, SaveBoxes, boxes_of
+from components.checkpoint.manifest import FileEntry
 from components.checkpoint.ranks import Ranks
-from components.checkpoint.storage import write_file
+from components.checkpoint.storage import Folder, write_file
 from components.runtime.errors import CheckpointError
 
 INDEX = "tensors.json"
@@ -84,13 +82,60 @@ class _Location:
     transform_descriptors: None = None
 
 
-def write_tensors(folder: Path, boxes: Mapping[str, Box], ranks: Ranks, what: str) -> None:
-    """Write what the ranks hold of the tensors, and their index, into an empty folder, each file on the disk at the end. Collective.
+class _Files(FileSystemBase):
+    """A `Folder` as DCP's writer and reader want it, by plain names; knows what was written."""
+
+    def __init__(self, folder: Folder) -> None:
+        self._folder = folder
+        self.written: list[FileEntry] = []
+
+    @contextmanager
+    def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
+        """A file of the folder. What DCP would rename when it is done is written under its last name at once."""
+        if mode == "rb":
+            with self._folder.open(str(path)) as stream:
+                yield stream
+            return
+        with self._folder.create(str(path).removesuffix(".tmp")) as file:
+            yield file
+        self.written.append(file.entry)
+
+    def concat_path(self, path: Any, suffix: str) -> Any:
+        """The name alone."""
+        return suffix
+
+    def init_path(self, path: Any) -> Any:
+        """As it is."""
+        return path
+
+    def rename(self, path: Any, new_path: Any) -> None:
+        """Done already, see `create_stream`."""
+
+    def mkdir(self, path: Any) -> None:
+        """The folder is there."""
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        """It is not asked: the folder was given."""
+        return True
+
+    def exists(self, path: Any) -> bool:
+        """Nothing is: the folder is new."""
+        return False
+
+    def rm_file(self, path: Any) -> None:
+        """There is none to remove, see `exists`."""
+
+
+def write_tensors(folder: Folder, boxes: Mapping[str, Box], ranks: Ranks, what: str) -> list[FileEntry]:
+    """Write what the ranks hold of the tensors, and their index, into an empty folder, each file on the disk at the
+    end; the files that this rank wrote. Collective.
 
     Each rank writes what it holds; what several hold is written by one of them. Raises CheckpointError,
     starting with `what`.
     """
-    writer = FileSystemWriter(folder, overwrite=False)
+    writer, files = FileSystemWriter(folder.path, sync_files=False, overwrite=False), _Files(folder)
+    writer.fs = files  # pyrefly: ignore[bad-assignment]  # as torch's own fsspec writer does; it syncs when it closes
     planner = SaveBoxes(boxes)
 
     def plan_mine() -> Any:
@@ -107,14 +152,16 @@ def write_tensors(folder: Path, boxes: Mapping[str, Box], ranks: Ranks, what: st
     planned, metadata = ranks.everywhere(lambda: plan_all() if ranks.first else ([], None), what)
     plan = planner.finish_plan(ranks.scatter(planned))
     written = ranks.gather(ranks.everywhere(lambda: writer.write_data(plan, planner).wait(), what))
-    ranks.on_first(lambda: _finish(folder, writer, metadata, written), what)
+    index = ranks.on_first(lambda: _finish(folder, writer, metadata, written), what)
+    return [*files.written, index] if ranks.first else files.written
 
 
-def _finish(folder: Path, writer: FileSystemWriter, metadata: Any, written: list[list[WriteResult]]) -> None:
-    writer.finish(metadata, written)
+def _finish(folder: Folder, writer: FileSystemWriter, metadata: Any, written: list[list[WriteResult]]) -> FileEntry:
+    if folder.local:  # other tools read local folders only
+        writer.finish(metadata, written)
     places = {result.index: result.storage_data for results in written for result in results}
     index = {name: asdict(_entry(name, entry, places)) for name, entry in metadata.state_dict_metadata.items()}
-    write_file(folder / INDEX, json.dumps(index, sort_keys=True).encode())
+    return write_file(folder, INDEX, json.dumps(index, sort_keys=True).encode())
 
 
 def _entry(name: str, entry: Any, places: Mapping[MetadataIndex, Any]) -> TensorEntry:
@@ -197,12 +244,13 @@ def target_problems(index: Index, tensors: Mapping[str, Tensor], cast: bool) -> 
     return problems
 
 
-def read_tensors(folder: Path, index: Index, tensors: Mapping[str, Tensor]) -> None:
+def read_tensors(folder: Folder, index: Index, tensors: Mapping[str, Tensor]) -> None:
     """Load the tensors in place; each rank reads what it holds. Not collective.
 
     The index has been checked against the files, and the tensors against it. DCP unpickles tensors with `weights_only`.
     """
-    reader = FileSystemReader(folder)
+    reader = FileSystemReader(folder.path)
+    reader.fs = _Files(folder)  # pyrefly: ignore[bad-assignment]  # as torch's own fsspec reader does
     planner = LoadBoxes(boxes_of(tensors))
     metadata = _metadata({name: index[name] for name in tensors})
     planner.set_up_planner({}, metadata)

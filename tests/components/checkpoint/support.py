@@ -8,7 +8,7 @@ from torch import Tensor
 
 from components.checkpoint.checkpointer import Checkpointer
 from components.checkpoint.fingerprint import JobIdentity
-from components.checkpoint.hashing import hash_chunk
+from components.checkpoint.hashing import ChunkHasher
 from components.checkpoint.manifest import MANIFEST, FileEntry, parse, render
 
 JOB = JobIdentity({"model.name": "tiny", "training.seq_len": 512}, {"dp_shard": 1}, "[training]\n", "abc123")
@@ -65,5 +65,6 @@ def reseal(folder: Path) -> None:
 
 
 def _entry(folder: Path, name: str) -> FileEntry:
-    size = (folder / name).stat().st_size
-    return FileEntry(name, size, [hash_chunk(folder / name, 0)] if size else [])
+    hasher = ChunkHasher()
+    hasher.update(memoryview((folder / name).read_bytes()))
+    return FileEntry(name, hasher.size, hasher.hashes())

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from components.checkpoint.manifest import MANIFEST, parse
+from components.checkpoint.storage import Folder, read_file
 from components.runtime.errors import CheckpointError
 from tests.components.checkpoint.support import JOB, checkpointer, loads, reseal, save, zeros
 
@@ -167,12 +168,12 @@ def test_things_that_are_not_the_tensor_are_refused(
     assert load_error(folder).startswith("checkpoint step-1: ")
 
 
-def read_index_only(folder: Path, manifest: Any) -> tuple:
+def read_index_only(folder: Folder, manifest: Any) -> tuple:
     """state.json holds a tensor in these tests: leave it alone."""
     from components.checkpoint.tensors import parse_index
 
     sizes = {entry.name: entry.size for entry in manifest.files}
-    return parse_index((folder / "tensors.json").read_bytes(), sizes), {}
+    return parse_index(read_file(folder, "tensors.json"), sizes), {}
 
 
 def change_piece(**values: Any) -> Callable[[dict[str, Any]], object]:

@@ -108,7 +108,7 @@ def attempt(fn: Any) -> str:
 
 def failures(root: str) -> list[str]:
     """One rank fails in each phase; the error that this rank sees."""
-    from components.checkpoint import contents
+    from components.checkpoint.local import LocalFolder
 
     tensors = build(1)
     run, rank = checkpointer(root), dist.get_rank()
@@ -120,7 +120,7 @@ def failures(root: str) -> list[str]:
 
     with pytest.MonkeyPatch.context() as patch:
         if rank == 1:
-            patch.setattr(contents, "hash_chunks", fail)
+            patch.setattr(LocalFolder, "create", fail)
         texts.append(attempt(lambda: run.save(2, tensors, STATE, JOB)))
     wrong = {**tensors, "model.0.weight": torch.zeros(1)} if rank else tensors
     texts.append(attempt(lambda: run.load(1, wrong, job=JOB)))

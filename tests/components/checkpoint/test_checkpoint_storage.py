@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from components.checkpoint import storage
+from components.checkpoint import local
 from components.checkpoint.fingerprint import JobIdentity
+from components.checkpoint.local import LocalStorage, sync_folder
 from components.checkpoint.manifest import MANIFEST
+from components.checkpoint.storage import step_of
 from components.runtime.errors import CheckpointError
 from tests.components.checkpoint.support import JOB, STATE, checkpointer, loads, save, tensors
 
@@ -102,7 +104,7 @@ def test_the_message_of_a_failed_save(tmp_path: Path, monkeypatch: pytest.Monkey
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(storage.os, "rename", full)
+    monkeypatch.setattr(local.os, "rename", full)
     with pytest.raises(CheckpointError) as caught:
         save(tmp_path, 2)
     assert str(caught.value) == (
@@ -157,7 +159,7 @@ def test_names_are_matched_whole(tmp_path: Path) -> None:
     save(tmp_path, 10, 100)
     for name in ("step-10.bak", "step-05", "xstep-5", "step-5x", "step-", "step-1_0", "step-+5", "step-٣", "step-7\n"):
         shutil.copytree(tmp_path / "step-10", tmp_path / name)
-        assert storage.step_of(name) is None
+        assert step_of(name) is None
     assert checkpointer(tmp_path).steps() == [10, 100]
     assert checkpointer(tmp_path).verify(1) == [
         "checkpoint step-1: no manifest.json in it: not a checkpoint of Espalier, or one that was never finished"
@@ -207,7 +209,7 @@ def test_a_deletion_that_fails_does_not_fail_the_save(tmp_path: Path, monkeypatc
     def fail(*_: object) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(storage.shutil, "rmtree", fail)
+    monkeypatch.setattr(local.shutil, "rmtree", fail)
     save(tmp_path, 2, keep=1)
     assert checkpointer(tmp_path).steps() == [2]
     monkeypatch.undo()
@@ -218,19 +220,17 @@ def test_a_deletion_that_fails_does_not_fail_the_save(tmp_path: Path, monkeypatc
 def test_only_checkpoint_folders_can_be_deleted(tmp_path: Path) -> None:
     (tmp_path / "step-5.bak").mkdir()
     with pytest.raises(CheckpointError, match=r"step-5\.bak' is not a checkpoint folder: it is not deleted"):
-        storage.delete(tmp_path / "step-5.bak")
-    storage.discard(tmp_path / "step-5.bak")
+        LocalStorage(tmp_path).delete("step-5.bak")
+    LocalStorage(tmp_path).discard(LocalStorage(tmp_path).folder("step-5.bak"))
     assert os.listdir(tmp_path) == ["step-5.bak"]
 
 
 def test_another_writer_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = storage.sync_folder
-
     def sync_and_intrude(folder: Path) -> None:
-        real(folder)
+        sync_folder(folder)
         (tmp_path / "step-1").mkdir(exist_ok=True)
 
-    monkeypatch.setattr(storage, "sync_folder", sync_and_intrude)
+    monkeypatch.setattr(local, "sync_folder", sync_and_intrude)
     with pytest.raises(CheckpointError) as caught:
         save(tmp_path, 1)
     assert str(caught.value) == (

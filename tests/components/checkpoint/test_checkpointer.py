@@ -38,8 +38,8 @@ def damage(path: Path) -> None:
 
 def test_round_trip_gives_back_every_byte(tmp_path: Path) -> None:
     folder = checkpointer(tmp_path).save(7, tensors(7), STATE, JOB)
-    assert folder == tmp_path / "step-7"
-    assert sorted(os.listdir(folder)) == [".metadata", "__0_0.distcp", "manifest.json", "state.json", "tensors.json"]
+    assert folder.path == str(tmp_path / "step-7")
+    assert folder.names() == [".metadata", "__0_0.distcp", "manifest.json", "state.json", "tensors.json"]
     assert os.listdir(tmp_path) == ["step-7"]
     found = zeros()
     found["model.w"].requires_grad_()
@@ -179,7 +179,7 @@ def test_excluded_parts_stay_as_they_are(tmp_path: Path) -> None:
 
 def test_model_only_saves_load_as_weights_but_do_not_resume(tmp_path: Path) -> None:
     folder = checkpointer(tmp_path).save_model(100, tensors(1), JOB, torch.bfloat16)
-    assert checkpointer(tmp_path).read_manifest(folder).kind == "model_only"
+    assert checkpointer(tmp_path).read_manifest(folder.path).kind == "model_only"
     assert error_of(lambda: checkpointer(tmp_path).load(100, zeros(), job=JOB)) == (
         "checkpoint step-100 holds only weights (checkpoint.last_save_model_only): training cannot resume from it; "
         "resume from an earlier one with checkpoint.load_step, or start from its weights with "
@@ -187,10 +187,10 @@ def test_model_only_saves_load_as_weights_but_do_not_resume(tmp_path: Path) -> N
     )
     weights = {name: value for name, value in zeros().items() if name.startswith("model.")}
     other = checkpointer(tmp_path / "new")
-    assert error_of(lambda: other.load(folder, weights, job=None, exclude=ALL_BUT_MODEL)) == (
+    assert error_of(lambda: other.load(folder.path, weights, job=None, exclude=ALL_BUT_MODEL)) == (
         "checkpoint step-100 does not fit: model.w: bfloat16 saved, float32 here"
     )
-    assert other.load(folder, weights, job=None, exclude=ALL_BUT_MODEL, cast=True) == {}
+    assert other.load(folder.path, weights, job=None, exclude=ALL_BUT_MODEL, cast=True) == {}
     assert torch.equal(weights["model.w"], tensors(1)["model.w"].bfloat16().float())
     assert torch.equal(weights["model.count"], tensors(1)["model.count"])
 
