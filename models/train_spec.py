@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from components.checkpoint.hf_config import Adapter
     from components.data.loader import Loader
     from components.data.tokenizer import Tokenizer
     from components.loss.cross_entropy import LossFn
@@ -172,8 +173,8 @@ class TrainSpec:
     """trainer → validator; None: the Trainer's own, which validates through its forward path."""
     build_metrics_processor_fn: Callable[[JobConfig, World, int | None], Sinks] = build_default_metrics_processor
     """(job, world, step resumed from) → sinks."""
-    state_dict_adapter: Any = None
-    """The table of names between this family and Hugging Face; None: neither import nor export."""
+    state_dict_adapter: Adapter | None = None
+    """How Hugging Face writes this family: names of tensors and config.json; None: neither import nor export."""
 
 
 @dataclass(frozen=True)

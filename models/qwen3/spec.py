@@ -9,6 +9,7 @@ from components.config.job_config import JobConfig
 from components.layers.moe import SelectionBias
 from components.optim.optimizers import Optimizers
 from models.qwen3.args import FLAVORS, Qwen3Args
+from models.qwen3.hf import ADAPTER
 from models.qwen3.model import Qwen3
 from models.qwen3.parallelize import parallelize_qwen3, pipeline_qwen3
 from models.train_spec import TrainSpec, build_default_optimizers
@@ -24,6 +25,7 @@ def load() -> TrainSpec:
         args_for_job_fn=Qwen3Args.for_job,
         inputs=("positions", "document_ids", "shares"),
         build_optimizers_fn=build_optimizers,
+        state_dict_adapter=ADAPTER,
     )
 
 

@@ -1,0 +1,131 @@
+"""Qwen3 as Hugging Face writes it: names of tensors and config.json, dense and with experts. Torch-free.
+
+Published files hold each expert's matrices by themselves; transformers 5 stacks them once it has read them. The
+selection bias has no place there: it chooses experts in training and, being kept out of an export, is the one thing in
+which an exported model may choose otherwise than ours.
+"""
+
+from typing import Any
+
+from components.checkpoint.hf_config import Adapter
+from components.checkpoint.names import OursAlone, Rename, Rule, StackExperts, TheirsAlone
+from models.qwen3.args import Qwen3Args
+
+_BLOCK = {
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "attention.q_norm": "self_attn.q_norm",
+    "attention.k_norm": "self_attn.k_norm",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+_FEED_FORWARD = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+_OURS, _THEIRS = "layers.{layer}.", "model.layers.{layer}."
+HEAD = "lm_head.weight"
+
+
+def rules(args: Qwen3Args) -> tuple[Rule, ...]:
+    """The table of names."""
+    head = () if args.tied_embeddings else (Rename("output.weight", HEAD),)
+    return (
+        Rename("tok_embeddings.weight", "model.embed_tokens.weight"),
+        *(Rename(f"{_OURS}{a}.weight", f"{_THEIRS}{b}.weight") for a, b in _BLOCK.items()),
+        *(_dense() if args.experts is None else _sparse()),
+        Rename("norm.weight", "model.norm.weight"),
+        *head,
+    )
+
+
+def _dense() -> list[Rule]:
+    return [Rename(f"{_OURS}feed_forward.{a}.weight", f"{_THEIRS}mlp.{b}.weight") for a, b in _FEED_FORWARD.items()]
+
+
+def _sparse() -> list[Rule]:
+    return [
+        Rename(f"{_OURS}moe.router.gate.weight", f"{_THEIRS}mlp.gate.weight"),
+        *(
+            StackExperts(f"{_OURS}moe.experts.{a}", f"{_THEIRS}mlp.experts.{{expert}}.{b}.weight")
+            for a, b in _FEED_FORWARD.items()
+        ),
+        OursAlone(f"{_OURS}moe.expert_bias", "the selection bias of experts"),
+    ]
+
+
+def extras(args: Qwen3Args) -> tuple[TheirsAlone, ...]:
+    """What published files hold besides: the head of a tied model."""
+    return (TheirsAlone(HEAD, same_as="model.embed_tokens.weight"),) if args.tied_embeddings else ()
+
+
+def to_config(args: Qwen3Args) -> dict[str, Any]:
+    """config.json, without the type of the weights."""
+    experts = args.experts
+    kind = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "intermediate_size": args.ffn_hidden}
+    if experts is not None:
+        kind = {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "model_type": "qwen3_moe",
+            "intermediate_size": 3 * args.dim,  # of blocks without experts, of which there are none
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "moe_intermediate_size": experts.hidden,
+            "num_experts": experts.count,
+            "num_experts_per_tok": experts.per_token,
+            "norm_topk_prob": experts.normalize,
+            "router_aux_loss_coef": experts.balance_coefficient,
+        }
+    return {
+        **kind,
+        "vocab_size": args.vocab_size,
+        "hidden_size": args.dim,
+        "num_hidden_layers": args.n_layers,
+        "num_attention_heads": args.n_heads,
+        "num_key_value_heads": args.n_kv_heads,
+        "head_dim": args.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": args.max_seq_len,
+        "rms_norm_eps": args.norm_eps,
+        "rope_theta": args.rope_theta,
+        "rope_scaling": None,
+        "attention_bias": False,
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "tie_word_embeddings": args.tied_embeddings,
+        "bos_token_id": None,  # the tokenizer's, which a model's shape does not say
+        "eos_token_id": None,
+    }
+
+
+def defaults(args: Qwen3Args) -> dict[str, Any]:
+    """What transformers takes for a field that a config.json does not say; None: that it does not say it."""
+    dense = {"intermediate_size": 22016, "num_experts": None}
+    sparse = {
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": False,
+    }
+    return {
+        "model_type": None,
+        "vocab_size": 151936,
+        "hidden_size": 4096 if args.experts is None else 2048,
+        "num_hidden_layers": 32 if args.experts is None else 24,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32 if args.experts is None else 4,
+        "head_dim": 128 if args.experts is None else None,  # None: hidden_size / num_attention_heads
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "rope_scaling": None,
+        "attention_bias": False,
+        "use_sliding_window": False,
+        "layer_types": None,
+        "tie_word_embeddings": False,
+        **(dense if args.experts is None else sparse),
+    }
+
+
+ADAPTER = Adapter(rules, to_config, defaults, extras)
