@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from components.runtime.errors import CommunicationError, ConfigError, EspalierError
 from components.runtime.world import World
+from trainer.run_folder import RunFolder
 from trainer.urgency import Urgency
 
 if TYPE_CHECKING:
@@ -44,7 +45,9 @@ def train(argv: list[str], environ: MutableMapping[str, str]) -> int:
     """Read and validate the job, then train it or, under `comm.mode = "fake_backend"`, say what it would take."""
     from trainer.config.load import resolve
     from trainer.config.output import print_config
+    from trainer.run_folder import start_time
 
+    started = start_time(environ)
     resolved = resolve(argv, environ)
     import_custom(resolved.job.experimental.custom_import)
     validate_job(resolved, world_size(resolved, environ))
@@ -56,14 +59,17 @@ def train(argv: list[str], environ: MutableMapping[str, str]) -> int:
         return dry_run(resolved.job, resolved.notes, world_size(resolved, environ))
     from components.runtime.orphans import end_with_parent
     from components.runtime.witness import explained
+    from trainer.stopping import interruptible
 
     if "TORCHELASTIC_RUN_ID" in environ:
         end_with_parent()
     freeze_registries()
     with explained():
         trainer = trainer_class(resolved)(resolved, environ)
-        trainer.train()
-        trainer.close()
+        with interruptible(trainer, environ, started) as over:
+            trainer.train()
+            over()
+            trainer.close()
     return 0
 
 
@@ -134,6 +140,8 @@ def leave(code: int) -> NoReturn:
     peers that no longer answer.
     """
     if int(os.environ.get("WORLD_SIZE") or "1") > 1:
+        if folder := RunFolder.of_worker(os.environ):
+            folder.leave_code(World.from_environ(os.environ).local_rank, code)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -147,12 +155,12 @@ def report_errors(run: Callable[[], int]) -> int:
     """
     try:
         return run()
+    except CommunicationError as error:
+        told = "a collective has failed, as told above" if error.told else str(error)
+        say(told, os.environ, Urgency.COMMUNICATION)
+        return int(error.exit_code)
     except EspalierError as error:
-        say(
-            describe(error),
-            os.environ,
-            Urgency.COMMUNICATION if isinstance(error, CommunicationError) else Urgency.SAID,
-        )
+        say(describe(error), os.environ, Urgency.SAID)
         return int(error.exit_code)
     except KeyboardInterrupt:
         say("interrupted", os.environ, Urgency.SAID)

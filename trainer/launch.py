@@ -1,23 +1,33 @@
 """`run_train.sh` in Python: how many processes, started how, ended with which code.
 
 One process is this process. Several are torchrun's agent, called as a library: its own script answers a worker that
-failed with a traceback of the agent and exit code 1, where a user needs the worker's message once, and its code.
+failed with a traceback of the agent and exit code 1, where a user needs the worker's message once, and its code. The
+agent passes SIGTERM and SIGINT on and then waits, for as long as the workers may take to save; SIGUSR1 is passed on
+here. What the workers end a stop with they leave in the run folder.
 Rejected: a launcher of our own. torchrun's rendezvous, restarts and signal handling are well kept.
 """
 
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Mapping, MutableMapping
+from functools import partialmethod
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from trainer.environment import count
 from trainer.guard import guard_rooms
+from trainer.run_folder import STARTED, VARIABLE, RunFolder, start_time
 from trainer.urgency import Urgency
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+    from torch.distributed.launcher.api import LaunchConfig
+
+SHUTDOWN_MARGIN = 15
+"""Seconds from the end of the workers' own grace to that of the agent's patience."""
 
 
 def visible_accelerators() -> int:
@@ -32,6 +42,8 @@ def visible_accelerators() -> int:
 def torchrun_arguments(environ: Mapping[str, str], processes: int, nodes: int) -> list[str]:
     """torchrun's options for this layout of processes."""
     options = [f"--nproc-per-node={processes}", f"--nnodes={nodes}"]
+    if restarts := count(environ, "MAX_RESTARTS", 0, least=0):
+        options.append(f"--max-restarts={restarts}")
     if nodes == 1 and "MASTER_PORT" not in environ:
         return [*options, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
     return [
@@ -45,8 +57,27 @@ def torchrun_arguments(environ: Mapping[str, str], processes: int, nodes: int) -
 def run_workers(argv: list[str], environ: MutableMapping[str, str], processes: int, nodes: int) -> int:
     """Start the workers of this machine, wait for them, and return the exit code of the first that failed, else 0.
 
-    A signal ends the workers, and gives 128 plus its number.
+    A signal ends the workers. If all of them say how, that is the code, 75 with a checkpoint; else it is 128 plus the
+    signal's number. Raises ConfigError for a job that cannot be read.
     """
+    patience = shutdown_seconds(argv, environ)
+    with tempfile.TemporaryDirectory(prefix="espalier-", ignore_cleanup_errors=True) as path:
+        environ[VARIABLE] = path
+        environ[STARTED] = str(start_time(environ))
+        folder = RunFolder(path)
+        pass_on(folder)
+        return run_agent(argv, environ, processes, nodes, patience, folder)
+
+
+def run_agent(
+    argv: list[str],
+    environ: MutableMapping[str, str],
+    processes: int,
+    nodes: int,
+    patience: int | None,
+    folder: RunFolder,
+) -> int:
+    """Run torchrun's agent to its end. `patience`: seconds that signalled workers get; None for torchrun's own."""
     import logging
 
     from torch.distributed import DistError
@@ -60,6 +91,8 @@ def run_workers(argv: list[str], environ: MutableMapping[str, str], processes: i
     environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     options = torchrun_arguments(environ, processes, nodes)
     config, command, arguments = config_from_args(parse_args([*options, "-m", "trainer", *argv]))
+    if patience is not None:
+        set_patience(config, patience)
     try:
         elastic_launch(config, command)(*arguments)
     except ChildFailedError as error:
@@ -67,12 +100,46 @@ def run_workers(argv: list[str], environ: MutableMapping[str, str], processes: i
         print(f"error: [rank {rank}] {told(failure)}", file=sys.stderr)
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     except SignalException as error:
-        print(f"error: stopped by {error.sigval.name}", file=sys.stderr)
-        return 128 + error.sigval
+        code = folder.code(processes)
+        if code is None or code >= 128:
+            print(f"error: stopped by {error.sigval.name}", file=sys.stderr)
+        return 128 + error.sigval if code is None else code
     except DistError:
         print(f"error: {rendezvous_problem(environ)}", file=sys.stderr)
         return 2
-    return 0
+    return folder.code(processes) or 0
+
+
+def shutdown_seconds(argv: list[str], environ: Mapping[str, str]) -> int | None:
+    """How long the agent waits for signalled workers before it kills them; None if they have nothing to save."""
+    from trainer.config.load import resolve
+
+    checkpoint = resolve(argv, environ).job.checkpoint  # what else is wrong with the job, its workers will say
+    saves = checkpoint.enable and not checkpoint.load_only
+    return checkpoint.grace_seconds + SHUTDOWN_MARGIN if saves else None
+
+
+def set_patience(config: "LaunchConfig", seconds: int) -> None:
+    """Let the agent wait so long for signalled workers before it kills them."""
+    if hasattr(config, "shutdown_timeout"):
+        config.shutdown_timeout = seconds
+        return
+    # Earlier versions of torch have 30 s written into the agent's call of this.
+    from torch.distributed.elastic.multiprocessing.api import PContext
+
+    setattr(PContext, "close", partialmethod(PContext.close, timeout=seconds))  # noqa: B010  # a class of torch's
+
+
+def pass_on(folder: RunFolder) -> None:
+    """Give SIGUSR1 to the first worker, which tells the others; before the workers listen there is nothing to save."""
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        if worker := folder.first_worker():
+            os.kill(worker, number)
+        else:
+            print("SIGUSR1: nothing is trained yet, so nothing is saved", file=sys.stderr)
+
+    signal.signal(signal.SIGUSR1, forward)
 
 
 def urgency(failure: "ProcessFailure") -> tuple[int, float]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -44,35 +45,40 @@ class Sink(Protocol):
 
 
 class Sinks:
-    """All sinks of a rank; itself a Sink, and a context manager that closes them."""
+    """All sinks of a rank; itself a Sink, and a context manager that closes them.
+
+    Two threads may use it: a stop on a signal closes it while training is about to report. What comes later is dropped.
+    """
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self.sinks = tuple(sinks)
+        self._lock, self._closed = threading.Lock(), False
 
     def log(self, metrics: StepMetrics) -> None:
         """Report a step."""
-        for sink in self.sinks:
-            sink.log(metrics)
+        self._each(lambda sink: sink.log(metrics))
 
     def note(self, event: dict[str, Any]) -> None:
         """Record an event."""
-        for sink in self.sinks:
-            sink.note(event)
+        self._each(lambda sink: sink.note(event))
 
     def advance(self, step: int) -> None:
         """A step is done."""
-        for sink in self.sinks:
-            sink.advance(step)
+        self._each(lambda sink: sink.advance(step))
 
     def rewind(self, step: int) -> None:
         """The job has gone back."""
-        for sink in self.sinks:
-            sink.rewind(step)
+        self._each(lambda sink: sink.rewind(step))
 
     def close(self) -> None:
         """Close all."""
-        for sink in self.sinks:
-            sink.close()
+        self._each(lambda sink: sink.close())
+        self._closed = True
+
+    def _each(self, call: Callable[[Sink], None]) -> None:
+        with self._lock:
+            for sink in () if self._closed else self.sinks:
+                call(sink)
 
     def __enter__(self) -> Sinks:
         return self

@@ -58,3 +58,12 @@ def compute_dtype(setting: str, device: torch.device, dry_run: bool = False) -> 
     if setting == "auto":
         return torch.bfloat16 if dry_run or fast_bf16(device) else torch.float32
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[setting]
+
+
+def mark(device: torch.device) -> torch.Event | None:
+    """An event that comes when the device has done all that it was given so far; None for the CPU, which has."""
+    if device.type == "cpu":
+        return None
+    event = torch.Event(device)
+    event.record()
+    return event

@@ -1,8 +1,8 @@
 """Gate: where the training thread may be stopped, so that another thread finds a consistent state on all ranks.
 
-What is saved changes only inside of sections: the update of the weights, a save, a rollback. Between them a rank may be
-for minutes where nothing can reach it (in a compiler, waiting for data, in a collective whose peer is late), and all the
-while its state is that of the last section. Every rank goes through the same sections in the same order, so a
+What is saved changes only inside of sections: the update of the weights, a save, a rollback. Between them a rank may
+be for minutes where nothing can reach it (in a compiler, waiting for data, in a collective whose peer is late), and all
+the while its state is that of the last section. Every rank goes through the same sections in the same order, so a
 section's number names one state of the whole job.
 
 Another thread closes the gate: no section is begun any more. The ranks may then be at different numbers, by one, since
@@ -49,10 +49,11 @@ class Gate:
             self._changed.notify_all()
 
     def close(self, agree: Callable[[int], int], seconds: float | None = None) -> bool:
-        """From another thread: hold the training thread back, at the same section on all ranks; then the state is still.
+        """From another thread: hold the training thread back, at the same section on all ranks: all is still then.
 
         `agree`: gives the largest number over all ranks for this rank's. False if the section was not left within
-        `seconds` or will never be, or if one was left by an error, in the midst of a change; the gate stays closed then.
+        `seconds` or will never be, or if one was left by an error, in the midst of a change; the gate stays closed
+        then too.
         """
         with self._changed:
             self._limit = self._begun

@@ -1,0 +1,117 @@
+"""What a job does when it is interrupted (`components.runtime.interruption`): saves what is settled, tells, and ends.
+
+All of it runs beside the training thread, which may stand anywhere between two sections of the gate. So it reads what
+belongs to the last section (`Trainer.settled`), never what the training thread is at.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NoReturn
+
+import torch
+
+from components.runtime import distributed
+from components.runtime.errors import ExitCode
+from components.runtime.interruption import Actions, Interruption
+from components.runtime.logging import logger
+from components.runtime.requests import Request, Wish
+from trainer.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from trainer.trainer import Trainer
+
+MARGIN_SECONDS = 60
+"""By how much the ranks' communication is more patient than the grace, so that the grace is what is told of."""
+REPORT_SECONDS = 5.0
+FLUSH_SECONDS = 1.0
+
+
+@contextmanager
+def interruptible(trainer: Trainer, environ: Mapping[str, str], started: float) -> Iterator[Callable[[], None]]:
+    """Around `Trainer.train`; gives what is to be called when it is over. Collective.
+
+    Where nothing is saved, signals keep their meaning.
+    """
+    config, limit = trainer.job.checkpoint, trainer.job.training.exit_after
+    if not config.enable or config.load_only or config.create_seed_checkpoint:
+        yield lambda: None
+        return
+    _ = trainer.parts.tensors  # looked up while the models are at rest
+    group = distributed.new_host_group("interruption", config.grace_seconds + MARGIN_SECONDS)
+    stop = Stop(trainer, environ)
+    actions = Actions(stop.save, stop.end, stop.leave, lambda: str(trainer.standing))
+    ends_at = started + limit if limit else None
+    with Interruption(trainer.gate, group, actions, grace=config.grace_seconds, ends_at=ends_at).around() as over:
+        folder = RunFolder.of_worker(environ)
+        if folder and trainer.world.local_rank == 0:
+            folder.leave_pid()
+        yield over
+
+
+class Stop:
+    """The `Actions` of a Trainer."""
+
+    def __init__(self, trainer: Trainer, environ: Mapping[str, str]) -> None:
+        self.trainer, self.environ = trainer, environ
+        self.finished = False
+
+    def save(self, request: Request) -> None:
+        """Save what is settled, unless it is saved. Raises CheckpointError."""
+        trainer = self.trainer
+        self._use_own_stream()
+        step = trainer.settled.step
+        if trainer.persistence.saved_step == step:
+            self.finished = step == trainer.job.training.steps
+        else:
+            trainer.persistence.save(trainer.settled, trainer.parts, trainer.identity)
+        if request.wish == Wish.SAVE:
+            trainer.sinks.note({"event": "saved_on_signal", "step": step, "reason": request.reason})
+
+    def end(self, request: Request) -> int:
+        """Close the reports; the exit code."""
+        trainer = self.trainer
+        step = trainer.settled.step
+        if trainer.reporting.acquire(timeout=REPORT_SECONDS):  # else the training thread is stuck in a report
+            try:
+                if trainer.reports(step):
+                    trainer.report()
+            finally:
+                trainer.reporting.release()
+        if not self.finished:
+            trainer.sinks.note({"event": "stopped", "step": step, "reason": request.reason})
+        trainer.sinks.close()
+        if self.finished:
+            return ExitCode.DONE
+        logger.info("%s: stopped after step %d; the same command goes on from there", request.reason, step)
+        return ExitCode.STOPPED
+
+    def leave(self, code: int) -> NoReturn:
+        """End this process. A launcher that knows of us is told the code; torchrun alone must take 75 for success."""
+        flushing = threading.Thread(target=_flush, daemon=True)  # the training thread may hold their locks
+        flushing.start()
+        flushing.join(FLUSH_SECONDS)
+        if folder := RunFolder.of_worker(self.environ):
+            folder.leave_code(self.trainer.world.local_rank, code)
+            os._exit(0)
+        os._exit(0 if code == ExitCode.STOPPED and "TORCHELASTIC_RUN_ID" in self.environ else code)
+
+    def _use_own_stream(self) -> None:
+        """Copy from the device as soon as the settled step is there, not after what training has put there since."""
+        device = self.trainer.device
+        if device.type == "cpu":
+            return
+        torch.accelerator.set_device_index(device.index)
+        stream = torch.Stream(device)
+        if self.trainer.settled_event is not None:
+            stream.wait_event(self.trainer.settled_event)
+        torch.accelerator.set_stream(stream)
+
+
+def _flush() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
