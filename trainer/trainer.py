@@ -78,6 +78,7 @@ class Trainer:
         self.seed = seeds.set_determinism(job.debug)
         self.dims = self.build_mesh(job)
         self.dump_folder = prepare_folder(job.job.dump_folder)
+        self.standing = witness.standing()
         # what it is
         self.spec = families[job.model.name].load()
         self.args = get_args(job.model.name, job.model.flavor)
@@ -101,7 +102,9 @@ class Trainer:
         tied = self.pipeline.tied.pairs if self.pipeline else []
         place = (self.dims.data_rank, self.dims.data_degree)
         self.parts = Parts(self.models, self.optimizers, self.loader, *place, tied, self.device)
+        self.standing.phase = "load"
         self.progress = self.persistence.load(self.parts, self.identity)
+        self.standing.phase = "start-up"
         self.gate, self.settled = Gate(), replace(self.progress, generators=seeds.generator_state(self.device))
         self.validator = (self.spec.build_validator_fn or Validator)(self) if job.validation.enable else None
         # what it tells
@@ -168,11 +171,11 @@ class Trainer:
         if start >= steps:
             logger.info("nothing to do: step %d of training.steps = %d is done", start, steps)
             return
-        witness.tell_step(lambda: self.progress.step)
         with self.profiler, closing(self.steps()) as source:
             self.meter.start()
             for rows, is_last in source:
                 self.progress.step += 1
+                self.standing.step = self.progress.step
                 values = self.train_step(rows)
                 last = is_last or self.progress.step == steps
                 self.finish_step(values, last)
@@ -195,6 +198,7 @@ class Trainer:
 
     def next_rows(self, source: Iterator[StepRows]) -> StepRows | None:
         """The next step's rows; None at the end of the data."""
+        self.standing.step, self.standing.phase = self.progress.step + 1, "data"
         with self.meter.waiting():
             return next(source, None)
 
@@ -220,6 +224,7 @@ class Trainer:
 
     def compute(self, rows: StepRows) -> StepFacts:
         """The gradients of a step, and what is known of it on all ranks."""
+        self.standing.phase = "forward/backward"
         self.schedule.apply(self.progress.step - self.progress.schedule_start)
         local, valid = self.accumulate(rows.batch.to(self.device))
         compare_ranks(self)
@@ -231,6 +236,7 @@ class Trainer:
 
     def update(self, rows: StepRows, facts: StepFacts) -> StepValues:
         """Apply the gradients if they may be, and count the step."""
+        self.standing.phase = "optimizer"
         if self.accept(facts.values.loss, facts.values.grad_norm, facts.local_sums):
             scale_gradients(self.parameters, facts.norm, self.job.training.max_norm)
             self.optimizers.step()
@@ -334,6 +340,7 @@ class Trainer:
         step, job = self.progress.step, self.job
         validation = None
         if self.validator and (last or step % job.validation.freq == 0):
+            self.standing.phase = "validation"
             with self.meter.pause(), seeds.undisturbed(self.device):
                 validation = self.validator.validate(step)
         if last or step == 1 or step % job.metrics.log_freq == 0 or validation is not None:
@@ -349,12 +356,14 @@ class Trainer:
     def save(self, last: bool) -> None:
         """Save a checkpoint if this step is due for one."""
         if self.persistence.is_due(self.progress.step, last):
+            self.standing.phase = "save"
             weights_only = last and self.job.checkpoint.last_save_model_only
             with self.gate.section():
                 self.persistence.save(self.settled, self.parts, self.identity, weights_only=weights_only)
 
     def close(self) -> None:
         """Flush what is reported, end worker processes and process groups. Collective."""
+        self.standing.phase = "end"
         skipped = torch.tensor(self.loader.report()["skipped_records"], device=self.device)
         if total := int(distributed.all_reduce_sum(skipped, self.dims.group("batch"))):
             logger.info("records that could not be read and were skipped: %d", total)

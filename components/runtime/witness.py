@@ -1,9 +1,13 @@
 """When a collective does not end: which ranks did not come to it, and where they are instead.
 
 Each rank of several has a thread, the witness, that waits on a connection of its own to the job's store until it is
-asked. A rank whose communication failed asks the others; each then writes its flight recording and answers with its
-step, the line its main thread stands at, and the collectives that it last entered. So a rank that hangs in its own code
-tells where, and one that is dead is known by its silence.
+asked. A rank whose collective timed out asks the others; each then answers with its step, its phase, the line its main
+thread stands at, and the collectives that it last entered, and writes its flight recording. So a rank that hangs in its
+own code tells where, and one that is stopped or dead is known by its silence, and by what the others did without it.
+
+One rank asks and tells, the first to come, and it prints at once: a launcher that has to end a stopped process first
+would speak half a minute later. The others wait for it, since the launcher ends all ranks as soon as one has ended. A
+rank that only finds its connections closed lets those speak who know why they were: a rank that timed out, or failed.
 
 It costs a thread and an idle connection per rank, and per collective what torch's flight recorder costs. Rejected:
 heartbeats, which cost traffic all the time and say only that a rank lives; and gloo's own message, which names a port.
@@ -12,13 +16,16 @@ NCCL's failures do not reach Python: its watchdog ends the process, names the co
 
 import io
 import json
+import os
 import pickle
+import socket
 import sys
 import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -30,8 +37,12 @@ from torch.distributed import distributed_c10d
 
 from components.runtime.errors import CommunicationError, EspalierError
 
-GRACE_SECONDS = 5.0
+GRACE_SECONDS = 0.6
 """How long ranks get to answer."""
+SPEAKER_SECONDS = 2.0
+"""How long the others wait for the rank that tells."""
+CLOSED_SECONDS = 1.0
+"""How long a rank whose connections were closed waits for another to say why."""
 LATEST = 50
 """Collectives of each group that an answer holds."""
 LISTED = 8
@@ -46,11 +57,24 @@ Entry = tuple[str, int, str]
 """A collective: the group's name, its number there, its operation."""
 
 
+@dataclass
+class Standing:
+    """How far this rank is; the training loop writes it, the witness reads it."""
+
+    step: int = 0
+    """The step that it is in; 0 at start-up."""
+    phase: str = "start-up"
+    """The part of the step: data, forward/backward, optimizer, validation, save; start-up, load and end are in none."""
+
+    def __str__(self) -> str:
+        return f"in step {self.step}, {self.phase}" if self.step else f"at {self.phase}"
+
+
 class Answer(TypedDict):
     """What a rank says of itself."""
 
-    step: int
-    """The step that it is in; 0 at start-up."""
+    standing: str
+    """`Standing` in words."""
     where: str
     """The innermost line of our or the user's code that its main thread is in."""
     failed: str | None
@@ -65,27 +89,37 @@ class Witness(threading.Thread):
     def __init__(self, rank: int, store: dist.Store, path: Path) -> None:
         super().__init__(name="witness", daemon=True)
         self.rank, self.path, self.store = rank, path, dist.PrefixStore("witness", store)
-        self.step: Callable[[], int] = lambda: 0
+        self.standing = Standing()
         self.failed: str | None = None
+        self._closed = threading.Event()
         # A connection for itself: a wait would lock out everybody else's.
         own: dist.Store = store.clone()  # pyrefly: ignore[missing-attribute]  # torch's stubs lack it
         self._own = dist.PrefixStore("witness", own)
         self._main = threading.main_thread().ident or 0
+        self.store.set(f"home/{rank}", f"{socket.gethostname()}, pid {os.getpid()}")
 
     def run(self) -> None:
-        """Wait for the question, answer it, end."""
-        try:
+        """Wait for the question, answer it, and stay until closed, so as to be found (`running`)."""
+        with suppress(dist.DistError, RuntimeError, OSError):  # the store has gone, and with it whoever could ask
             self._own.wait([f"ask/{self.rank}"], PATIENCE)
             if self._own.get(f"ask/{self.rank}") == b"where":
                 self.answer(self._own)
-        except (dist.DistError, RuntimeError, OSError):  # the store has gone, and with it whoever could ask
-            return
+        self._closed.wait()
 
     def answer(self, store: dist.Store) -> None:
         """Say where this rank is, and write its flight recording."""
         where = _place(sys._current_frames().get(self._main))  # the only way to see another thread's frames
-        answer: Answer = {"step": self.step(), "where": where, "failed": self.failed, "entered": _latest()}
+        answer: Answer = {
+            "standing": str(self.standing),
+            "where": where,
+            "failed": self.failed,
+            "entered": _latest(),
+        }
         store.set(f"answer/{self.rank}", json.dumps(answer))
+        self.record()
+
+    def record(self) -> None:
+        """Write the flight recording."""
         _write_recording(self.path)
 
     def ask(self, ranks: Sequence[int]) -> dict[int, Answer]:
@@ -95,16 +129,42 @@ class Witness(threading.Thread):
         silent, end = set(ranks), time.monotonic() + GRACE_SECONDS
         while silent and time.monotonic() < end:  # asking again is quieter than to wait: torch prints a C++ warning
             silent = {rank for rank in silent if not self.store.check([f"answer/{rank}"])}
-            time.sleep(0.05)
+            time.sleep(0.02)
         return {rank: json.loads(self.store.get(f"answer/{rank}")) for rank in ranks if rank not in silent}
+
+    def home(self, rank: int) -> str:
+        """Host and process of a rank."""
+        return self.store.get(f"home/{rank}").decode() if self.store.check([f"home/{rank}"]) else "host n/a"
+
+    def store_answers(self) -> bool:
+        """Whether the store does; it may be in a process that is stopped, and no call of it ends then."""
+        asking = threading.Thread(target=self.store.check, args=([""],), daemon=True)
+        asking.start()
+        asking.join(GRACE_SECONDS)
+        return not asking.is_alive()
+
+    def begins(self) -> bool:
+        """Whether this rank is the first that comes to tell of a failure."""
+        return self.store.compare_set("speaker", "", str(self.rank)) == str(self.rank).encode()
+
+    def hear(self, seconds: float) -> bool:
+        """Whether another rank begins to tell within `seconds`; returns when it has ended, or waited for too long."""
+        return self._comes("speaker", seconds) and (self._comes("told", SPEAKER_SECONDS) or True)
+
+    def _comes(self, key: str, seconds: float) -> bool:
+        end = time.monotonic() + seconds
+        while not self.store.check([key]):
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.02)
+        return True
 
     def close(self) -> None:
         """End the thread."""
-        try:
+        self._closed.set()
+        with suppress(dist.DistError, RuntimeError):  # the rank that hosts the store has ended before
             self.store.set(f"ask/{self.rank}", "end")
-        except (dist.DistError, RuntimeError):  # the rank that hosts the store has ended before
-            return
-        self.join(timeout=1)
+            self.join(timeout=1)
 
 
 def running() -> Witness | None:
@@ -112,10 +172,10 @@ def running() -> Witness | None:
     return next((thread for thread in threading.enumerate() if isinstance(thread, Witness)), None)
 
 
-def tell_step(step: Callable[[], int]) -> None:
-    """Let the witness say which step this rank is in."""
-    if witness := running():
-        witness.step = step
+def standing() -> Standing:
+    """What this rank's witness reads, for the loop to write; of a job of one rank nobody reads it."""
+    witness = running()
+    return witness.standing if witness else Standing()
 
 
 @contextmanager
@@ -129,11 +189,33 @@ def explained() -> Iterator[None]:
     except Exception as error:
         if (witness := running()) is None:
             raise
-        failure = _failure(error)
         if isinstance(error, EspalierError) or not _of_communication(error):
-            witness.failed = failure
+            witness.failed = _failure(error)
             raise
-        raise CommunicationError(_explain(witness, failure)) from error
+        raise _explained(witness, error) from error
+
+
+def _explained(witness: Witness, error: Exception) -> CommunicationError:
+    """The error that says what happened; one rank of those that timed out prints it, too."""
+    failure, timed_out = _failure(error), any(word in str(error).lower() for word in ("timed out", "timeout"))
+    if not witness.store_answers():
+        return CommunicationError(
+            f"communication has failed {witness.standing} ({failure}): the process that hosts the store of the ranks,"
+            f" rank 0 or its launcher on {os.environ.get('MASTER_ADDR', 'n/a')}, does not answer"
+        )
+    try:
+        if not (timed_out and witness.begins()):
+            if witness.hear(0 if timed_out else CLOSED_SECONDS):
+                witness.record()
+                return CommunicationError(f"communication has failed {witness.standing} ({failure})", told=True)
+            return CommunicationError(_explain(witness, failure))
+        text = _explain(witness, failure)
+        print(f"error: [rank {witness.rank}] {text}", file=sys.stderr, flush=True)
+        witness.store.set("told", "")
+        return CommunicationError(text, told=True)
+    except (dist.DistError, RuntimeError):  # the store has gone, with the rank or the launcher that hosted it
+        witness.record()
+        return CommunicationError(f"communication has failed {witness.standing} ({failure}); no rank can be asked")
 
 
 def _of_communication(error: Exception) -> bool:
@@ -155,16 +237,18 @@ def _explain(witness: Witness, failure: str) -> str:
     others = sorted({rank for members in groups.values() for rank in members} - {witness.rank})
     apart = {name: [rank for rank in members if rank != witness.rank] for name, members in groups.items()}
     answers = witness.ask(others)
-    witness.answer(witness.store)
-    step = f"in step {witness.step()}" if witness.step() else "at start-up"
+    witness.record()
+    here = str(witness.standing)
+    silence = f"{SILENT}; it is {here} or before"
+    silent = {rank: silence for rank in others if rank not in answers}
     recorded = f"; recordings of the ranks: {witness.path.parent}" if entered else ""
     if found := stalled(entered, apart, answers):
         (name, number, operation), missing = found
         members = ", ".join(map(str, groups[name]))
-        what = f"{operation} #{number} over {_title(name)} = ranks ({members}) {step} has failed"
-        return f"{what}: {_listed(missing)} ({failure}){recorded}"
-    stand = {rank: _stands(answers[rank]) if rank in answers else SILENT for rank in others}
-    return f"communication has failed {step} ({failure}): {_listed(stand)}{recorded}"
+        what = f"{operation} #{number} over {_title(name)} = ranks ({members}) {here} has failed"
+        return f"{what}: {_listed(silent | missing, witness.home)} ({failure}){recorded}"
+    stand = silent | {rank: _stands(answer) for rank, answer in answers.items()}
+    return f"communication has failed {here} ({failure}): {_listed(stand, witness.home)}{recorded}"
 
 
 def stalled(
@@ -173,15 +257,15 @@ def stalled(
     """The first collective of this rank that not all others entered, and what each of those does instead.
 
     `entered`: this rank's collectives, in order. `groups`: the other ranks of each of its groups. Of ranks that are
-    silent nobody knows what they entered: they are looked for in this rank's last one. None if all came.
+    silent nobody knows what they entered: they are missed in this rank's last one. None if all came.
     """
     for entry in entered:
         members = [rank for rank in groups.get(entry[0], ()) if rank in answers]
         if missing := {rank: why for rank in members if (why := _missing(answers[rank], *entry))}:
             return entry, missing
     for entry in entered[-1:]:
-        if silent := sorted(set(groups.get(entry[0], ())) - {*answers}):
-            return entry, dict.fromkeys(silent, SILENT)
+        if set(groups.get(entry[0], ())) - {*answers}:
+            return entry, {}
     return None
 
 
@@ -196,12 +280,13 @@ def _missing(answer: Answer, group: str, number: int, operation: str) -> str | N
 
 
 def _stands(answer: Answer) -> str:
-    step = f"in step {answer['step']}" if answer["step"] else "at start-up"
-    return f"failed {step}: {answer['failed']}" if answer["failed"] else f"is {step}, at {answer['where']}"
+    if answer["failed"]:
+        return f"failed {answer['standing']}: {answer['failed']}"
+    return f"is {answer['standing']}, at {answer['where']}"
 
 
-def _listed(told: Mapping[int, str]) -> str:
-    lines = [f"rank {rank} {text}" for rank, text in list(told.items())[:LISTED]]
+def _listed(told: Mapping[int, str], home: Callable[[int], str]) -> str:
+    lines = [f"rank {rank} ({home(rank)}) {text}" for rank, text in list(told.items())[:LISTED]]
     return "; ".join([*lines, *([f"and {len(told) - LISTED} more ranks"] if len(told) > LISTED else [])])
 
 
