@@ -60,6 +60,11 @@ INACTIVE = (
         "checkpoint.load_only saves nothing",
     ),
     Inactive(
+        ("checkpoint.grace_seconds",),
+        lambda job: job.checkpoint.load_only,
+        "checkpoint.load_only saves nothing, so signals end the run at once",
+    ),
+    Inactive(
         ("checkpoint.initial_load_model_only",),
         lambda job: not job.checkpoint.initial_load_path,
         "checkpoint.initial_load_path is not set",

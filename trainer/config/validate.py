@@ -303,6 +303,23 @@ def _bad_steps(job: JobConfig) -> Problems:
             yield f"training.{name} = {factor:g}: about half of all steps are above their median; set it above 1"
 
 
+def _exit_after(job: JobConfig) -> Problems:
+    """A job that ends by the clock must be able to save before, and have the time to."""
+    limit, checkpoint = job.training.exit_after, job.checkpoint
+    if not limit:
+        return
+    key = f"training.exit_after = {limit}:"
+    if not checkpoint.enable:
+        yield f"{key} nothing would be saved, since checkpoint.enable is false; set that to true, or this to 0"
+    elif checkpoint.load_only:
+        yield f"{key} nothing would be saved, since checkpoint.load_only is true; set that to false, or this to 0"
+    elif limit <= checkpoint.grace_seconds:
+        yield (
+            f"{key} must be above checkpoint.grace_seconds = {checkpoint.grace_seconds}, by which the run stops before"
+            " it; raise this, or lower that"
+        )
+
+
 def _early_step(job: JobConfig) -> Problems:
     if not job.optimizer.early_step_in_backward:
         return
@@ -342,6 +359,7 @@ RULES: tuple[Callable[[JobConfig], Problems], ...] = (
     _folders,
     _checkpoint,
     _bad_steps,
+    _exit_after,
     _early_step,
     _groups,
 )
