@@ -6,7 +6,7 @@ of `components.mesh.counter`, which the initialization goes by as well.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from typing import Any
 
@@ -52,6 +52,20 @@ def box_of(name: str, tensor: Tensor) -> Box:
 def boxes_of(tensors: Mapping[str, Tensor]) -> dict[str, Box]:
     """This rank's box of each tensor. Raises CheckpointError."""
     return {name: box_of(name, tensor) for name, tensor in tensors.items()}
+
+
+def as_boxes(tensors: Mapping[str, Tensor | Box], dtype: torch.dtype | None = None) -> dict[str, Box]:
+    """This rank's box of each; one that is a box already stays as it is. Raises CheckpointError.
+
+    `dtype`: type of floating point values, a copy of this rank's piece where it changes; None: as it is.
+    """
+    boxes = {n: value if isinstance(value, Box) else box_of(n, value) for n, value in tensors.items()}
+    return {name: replace(box, data=box.data.to(stored_type(box.data, dtype))) for name, box in boxes.items()}
+
+
+def stored_type(data: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """The type that values are saved in: floating point ones as `dtype`, unless it is None."""
+    return dtype if dtype is not None and data.is_floating_point() else data.dtype
 
 
 class SaveBoxes(DefaultSavePlanner):

@@ -2,35 +2,41 @@
 
 A checkpoint is a folder `step-N` with a valid manifest; `storage` says how it comes to be, `manifest` what makes it
 valid. What is loaded was verified before, down to its last byte: hashing runs at the speed of the storage, while a
-weight that was damaged in silence costs a run. Saving blocks; what a background save needs is already apart (writing,
-then committing).
+weight that was damaged in silence costs a run. Saving blocks and raises; `saver` does it in the background.
 
 `steps` looks at the disk from one rank. All other public methods are collective, and raise on all ranks alike.
 """
 
 import logging
-import time
 from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from components.checkpoint.boxes import Box
-from components.checkpoint.contents import as_boxes, read_files, require_savable, write_files
+from components.checkpoint.boxes import Box, as_boxes
+from components.checkpoint.contents import read_files, require_savable, write_files
 from components.checkpoint.fingerprint import JobIdentity, require_same_job
 from components.checkpoint.manifest import MANIFEST, FileEntry, Kind, Manifest, render
 from components.checkpoint.ranks import Ranks, describe
 from components.checkpoint.retention import doomed_steps
-from components.checkpoint.state import ALL_BUT_MODEL, check_exclude, export_tensors, state_problems, without
+from components.checkpoint.state import ALL_BUT_MODEL, check_exclude, of_model, state_problems, without
 from components.checkpoint.storage import Folder, open_storage, step_name
 from components.checkpoint.tensors import Index, read_tensors, target_problems
 from components.checkpoint.verifying import Verifier, Verify
 from components.runtime.errors import CheckpointError
 from components.runtime.logging import logger
+
+
+class Saved(NamedTuple):
+    """A checkpoint that is there."""
+
+    folder: Folder
+    bytes: int
+    """Bytes of its files over all ranks; 0 if it was there already, valid and of this job."""
 
 
 class Checkpointer:
@@ -125,36 +131,38 @@ class Checkpointer:
         state: Mapping[str, Any],
         job: JobIdentity,
         kind: Kind = "training",
-    ) -> Folder:
-        """Save everything that a resume needs; the checkpoint's folder.
+        dtype: torch.dtype | None = None,
+    ) -> Saved:
+        """Save everything that a resume needs.
 
         `tensors`: `<part>.<name>` → tensor, DTensor, or what this rank holds of one. `state`: part → plain JSON value,
-        equal on all ranks. Saving a step again that is there, whole and of the same job, does nothing. Raises
-        CheckpointError on all ranks if anything fails on any; no `step-N` appears then, and earlier checkpoints are
-        untouched.
+        equal on all ranks. `dtype`: type of floating point values in the files; None: as they are. Saving a step again
+        that is there, whole and of the same job, does nothing. Raises CheckpointError on all ranks if anything fails on
+        any; no `step-N` appears then, and earlier checkpoints are untouched.
         """
-        what = f"cannot save step-{step} in '{self.storage.path}'"
+        what = self.failing(step)
         if self._is_saved(step, job, kind, what):
-            return self._verifier.folder(step)
-        started = time.perf_counter()
+            return Saved(self._verifier.folder(step), 0)
         require_savable(tensors, state, self.ranks, what)
         temporary = self.ranks.on_first(lambda: self.storage.temporary(step_name(step)), what)
         try:
-            boxes = self.ranks.everywhere(lambda: as_boxes(tensors), what)
+            boxes = self.ranks.everywhere(lambda: as_boxes(tensors, dtype), what)
             files = write_files(temporary, boxes, state, self.ranks, what)
             manifest = render(_manifest(step, kind, files, job))
             final = self.ranks.on_first(lambda: self.storage.commit(temporary, step_name(step), manifest), what)
         except CheckpointError:
             self._discard(temporary)
             raise
-        size, seconds = sum(entry.size for entry in files), time.perf_counter() - started
-        self._log(logging.INFO, f"saved step-{step}: {size / 1e6:.1f} MB in {seconds:.2f} s")
         self._retain(step)
-        return final
+        return Saved(final, sum(entry.size for entry in files))
+
+    def failing(self, step: int) -> str:
+        """How the message of a save that fails begins."""
+        return f"cannot save step-{step} in '{self.storage.path}'"
 
     def save_model(self, step: int, tensors: Mapping[str, Tensor], job: JobIdentity, dtype: torch.dtype) -> Folder:
         """Save only the model's tensors, as `dtype` (`checkpoint.export_dtype`). Training cannot resume from it."""
-        return self.save(step, export_tensors(tensors, dtype), {}, job, "model_only")
+        return self.save(step, of_model(tensors), {}, job, "model_only", dtype).folder
 
     def load(
         self,
@@ -169,8 +177,9 @@ class Checkpointer:
         """Verify a checkpoint and load it into the tensors in place; the saved state, part → value.
 
         `step`: a step of this job, or the path or URL of any checkpoint. `job`: whose checkpoint it must be; None where
-        that does not matter (`initial_load_path`). `exclude`: parts left as they are. `cast`: floating point tensors may
-        have another type here. `like`: a state whose parts, keys and types the saved one must have, but for `exclude`.
+        that does not matter (`initial_load_path`). `exclude`: parts left as they are. `cast`: floating point tensors
+        may have another type here. `like`: a state whose parts, keys and types the saved one must have, but for
+        `exclude`.
         Raises CheckpointError, before any tensor is touched, for a checkpoint that is broken, of another job or without
         what a resume needs, and for each tensor and piece of state that is missing, unexpected or does not fit.
         """

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from components.checkpoint.boxes import Box, box_of
+from components.checkpoint.boxes import Box
 from components.checkpoint.manifest import MANIFEST, FileEntry, Manifest
 from components.checkpoint.ranks import Ranks
 from components.checkpoint.state import require_plain
@@ -38,11 +38,6 @@ def require_savable(tensors: Mapping[str, Tensor | Box], state: Mapping[str, Any
 def _has_memory(value: Tensor | Box) -> bool:
     data = value.data if isinstance(value, Box) else value
     return isinstance(data, Tensor) and not data.is_meta
-
-
-def as_boxes(tensors: Mapping[str, Tensor | Box]) -> dict[str, Box]:
-    """This rank's box of each; one that is a box already stays as it is. Raises CheckpointError."""
-    return {name: value if isinstance(value, Box) else box_of(name, value) for name, value in tensors.items()}
 
 
 def write_files(

@@ -7,13 +7,13 @@ objects were rejected: they run code when they are loaded, and bind a checkpoint
 import difflib
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from components.runtime.errors import CheckpointError, ConfigError
 
+V = TypeVar("V")
 PARTS = ("model", "optimizer", "lr_scheduler", "dataloader", "train_state", "rng")
 """The names that `checkpoint.exclude_from_loading` knows."""
 ALL_BUT_MODEL = PARTS[1:]
@@ -59,13 +59,9 @@ def optimizer_tensors(named_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"optimizer.{name}": value for name, value in named_state.items()}
 
 
-def export_tensors(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The model's tensors alone, floating point ones as `dtype`; a copy where the type changes."""
-    return {
-        name: value.detach().to(dtype) if value.is_floating_point() else value
-        for name, value in tensors.items()
-        if part_of(name) == "model"
-    }
+def of_model(named: Mapping[str, V]) -> dict[str, V]:
+    """What belongs to the model."""
+    return {name: value for name, value in named.items() if part_of(name) == "model"}
 
 
 def part_of(name: str) -> str:

@@ -37,8 +37,9 @@ def damage(path: Path) -> None:
 
 
 def test_round_trip_gives_back_every_byte(tmp_path: Path) -> None:
-    folder = checkpointer(tmp_path).save(7, tensors(7), STATE, JOB)
+    folder, size = checkpointer(tmp_path).save(7, tensors(7), STATE, JOB)
     assert folder.path == str(tmp_path / "step-7")
+    assert size == sum(file.stat().st_size for file in (tmp_path / "step-7").iterdir() if file.name != "manifest.json")
     assert folder.names() == [".metadata", "__0_0.distcp", "manifest.json", "state.json", "tensors.json"]
     assert os.listdir(tmp_path) == ["step-7"]
     found = zeros()
