@@ -62,7 +62,7 @@ class LocalTrainer(Trainer):
             self.spec.parallelize_fn(model, self.dims, self.job, self.dtype)
         return [Stage(0, 1, model)]
 
-    def train_step(self, rows: StepRows) -> StepValues:
+    def train_step(self, rows: StepRows) -> StepValues | None:
         """A step of all ranks."""
         with self.mode:
             return super().train_step(rows)

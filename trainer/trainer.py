@@ -6,6 +6,7 @@ the loop."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Generator, Iterator, MutableMapping
 from contextlib import closing
 from dataclasses import asdict, replace
@@ -30,19 +31,20 @@ from components.parallel.data import needs_process_group, set_gradient_sync
 from components.parallel.pipeline import Stage
 from components.runtime import distributed, logging, seeds, witness
 from components.runtime.collect import GarbageCollector
-from components.runtime.device import compute_dtype, pick_device
-from components.runtime.errors import DataError, NonFiniteError
+from components.runtime.device import compute_dtype, mark, pick_device
+from components.runtime.errors import DataError
 from components.runtime.gate import Gate
 from components.runtime.logging import logger
 from components.runtime.paths import prepare_folder
 from components.runtime.provenance import git_revision
 from components.runtime.world import World
 from models.train_spec import families, get_args
-from trainer import nonfinite
+from trainer.bad_steps import BadSteps
 from trainer.build import DTYPES, Model, build_pipeline, build_stages
 from trainer.compare import compare_ranks
 from trainer.config.output import to_toml
-from trainer.persistence import Parts, Persistence
+from trainer.parts import Parts, Progress
+from trainer.persistence import Persistence
 from trainer.report import describe_job, save_run
 from trainer.settle import settle, sizes
 from trainer.validator import Validator
@@ -105,13 +107,16 @@ class Trainer:
         self.standing.phase = "load"
         self.progress = self.persistence.load(self.parts, self.identity)
         self.standing.phase = "start-up"
-        self.gate, self.settled = Gate(), replace(self.progress, generators=seeds.generator_state(self.device))
+        self.gate = Gate()
+        self.settle(replace(self.progress, generators=seeds.generator_state(self.device)))
+        self.bad_steps = BadSteps(self)
         self.validator = (self.spec.build_validator_fn or Validator)(self) if job.validation.enable else None
         # what it tells
         start = self.progress.step
         self.first_step = start + 1
         self.sinks = self.spec.build_metrics_processor_fn(self.job, self.world, start or None)
         self.meter = self.build_meter()
+        self.reporting = threading.RLock()
         self.profiler = Profiler(self.job.profiling, self.dump_folder, self.world.rank, self.device, start)
         self.collector = GarbageCollector(self.job.training.gc_freq, self.job.training.gc_debug)
         save_run(self, resolved)
@@ -171,18 +176,28 @@ class Trainer:
         if start >= steps:
             logger.info("nothing to do: step %d of training.steps = %d is done", start, steps)
             return
-        with self.profiler, closing(self.steps()) as source:
+        with self.profiler:
             self.meter.start()
+            while self.train_on():
+                pass
+        if self.progress.step < steps:
+            self.explain_end(start)
+
+    def train_on(self) -> bool:
+        """Train from where the job stands. True: it has gone back to a checkpoint, to be trained on from there."""
+        with closing(self.steps()) as source:
             for rows, is_last in source:
                 self.progress.step += 1
                 self.standing.step = self.progress.step
-                values = self.train_step(rows)
-                last = is_last or self.progress.step == steps
+                passed = self.bad_steps.passes_over(self.progress.step)
+                values = self.pass_over(rows) if passed else self.train_step(rows)
+                if values is None:
+                    return True
+                last = is_last or self.progress.step == self.job.training.steps
                 self.finish_step(values, last)
                 if last:
                     break
-        if self.progress.step < steps:
-            self.explain_end(start)
+        return False
 
     def steps(self) -> Generator[tuple[StepRows, bool], None, None]:
         """This rank's rows, step by step, and whether they are the last. The time spent waiting for them is counted.
@@ -213,8 +228,11 @@ class Trainer:
         nothing = "nothing to do: " if step == start else ""
         logger.info("%sthe data ended after step %d of %d", nothing, step, self.job.training.steps)
 
-    def train_step(self, rows: StepRows) -> StepValues:
-        """One optimizer step: gradients of the global batch's mean loss, clipped, applied if they may be."""
+    def train_step(self, rows: StepRows) -> StepValues | None:
+        """One optimizer step: gradients of the global batch's mean loss, clipped, applied if they may be.
+
+        None: the job has gone back to a checkpoint instead.
+        """
         if self.early:  # weights move in backward
             with self.gate.section():
                 return self.update(rows, self.compute(rows))
@@ -234,18 +252,52 @@ class Trainer:
         loss, max_loss, grad_norm, count = facts.tolist()
         return StepFacts(StepValues(loss, max_loss, grad_norm), int(count), norm, local.sums)
 
-    def update(self, rows: StepRows, facts: StepFacts) -> StepValues:
-        """Apply the gradients if they may be, and count the step."""
+    def update(self, rows: StepRows, facts: StepFacts) -> StepValues | None:
+        """Apply the gradients if they may be, and count the step; None: gone back to a checkpoint (`BadSteps`)."""
         self.standing.phase = "optimizer"
-        if self.accept(facts.values.loss, facts.values.grad_norm, facts.local_sums):
+        verdict, count = self.bad_steps.accept(facts), facts.count
+        if verdict.kind == "ok":
             scale_gradients(self.parameters, facts.norm, self.job.training.max_norm)
             self.optimizers.step()
+        elif self.bad_steps.handle(verdict, facts):
+            return None
+        else:
+            count = 0
+        self.settle_step(rows, facts.values, count, computed=rows.batch.labels.numel() * self.dims.data_degree)
+        return facts.values
+
+    def pass_over(self, rows: StepRows) -> StepValues:
+        """Count a step whose rows are read and dropped."""
+        self.schedule.apply(self.progress.step - self.progress.schedule_start)
+        with self.gate.section():
+            values = self.bad_steps.pass_over()
+            self.settle_step(rows, values, 0, computed=0)
+        if self.progress.step == self.first_step:
+            self.first_step += 1  # the first that takes long is yet to come
+        return values
+
+    def settle_step(self, rows: StepRows, values: StepValues, count: int, computed: int) -> None:
+        """A step is done, with so many labels trained on: its progress is now that of the weights."""
         self.optimizers.zero_grad()
-        self.meter.add(facts.count, computed=rows.batch.labels.numel() * self.dims.data_degree)
+        self.meter.add(count, computed)
         self.progress.tokens = self.meter.tokens
         drawn = seeds.generator_state(self.device)
-        self.settled = replace(self.progress, cursors=rows.cursors, generators=drawn)
-        return facts.values
+        self.settle(replace(self.progress, cursors=rows.cursors, generators=drawn))
+        self.unreported = (self.progress.step, values, self.optimizers.lr)
+
+    def settle(self, progress: Progress) -> None:
+        """This is what the weights are the result of, once the device has come to here."""
+        self.settled, self.settled_event = progress, mark(self.device)
+        self.unreported: tuple[int, StepValues, float] | None = None
+
+    def resettle(self, progress: Progress) -> None:
+        """All parts have gone back to where they were at `progress`: so do the counters and the reports."""
+        self.optimizers.zero_grad()
+        self.progress = progress
+        self.settle(replace(progress, generators=seeds.generator_state(self.device)))
+        self.meter.tokens = progress.tokens
+        self.sinks.rewind(progress.step)
+        self.profiler.rewind(progress.step)
 
     def global_norm(self) -> Tensor:
         """The norm of the gradients of the whole model, 0-d."""
@@ -319,22 +371,6 @@ class Trainer:
             return self.whole_rows(self.pipeline.evaluate(batch, self.inputs(batch, None)))
         return self.whole_rows(self.forward(batch))
 
-    def accept(self, loss: float, grad_norm: float, local_sums: Tensor) -> bool:
-        """Whether the step may change the weights. Raises NonFiniteError under `training.on_nonfinite = "stop"`."""
-        if nonfinite.is_finite(loss, grad_norm):
-            return True
-        where = nonfinite.first_nonfinite(pair for model in self.models for pair in model.named_parameters())
-        text = nonfinite.describe(self.progress.step, loss, grad_norm, float(local_sums.sum()), where)
-        if self.job.training.on_nonfinite == "stop":
-            done = "before the optimizer step, weights are unchanged"
-            if self.early:
-                done = "but weights have moved (optimizer.early_step_in_backward): go back to a checkpoint"
-            raise NonFiniteError(f"not finite {done}: {text}")
-        if self.world.rank == 0:
-            logger.warning("skipped, weights are unchanged: %s", text)
-        self.sinks.note({"event": "skipped_step", "step": self.progress.step, "reason": text})
-        return False
-
     def finish_step(self, values: StepValues, last: bool) -> None:
         """What follows a step: validation, report, checkpoint, profile, garbage."""
         step, job = self.progress.step, self.job
@@ -343,8 +379,8 @@ class Trainer:
             self.standing.phase = "validation"
             with self.meter.pause(), seeds.undisturbed(self.device):
                 validation = self.validator.validate(step)
-        if last or step == 1 or step % job.metrics.log_freq == 0 or validation is not None:
-            self.sinks.log(self.meter.report(step, values, self.optimizers.lr, validation))
+        if last or self.reports(step) or validation is not None:
+            self.report(validation)
         self.sinks.advance(step)
         with self.meter.pause():
             self.save(last)
@@ -352,6 +388,17 @@ class Trainer:
             distributed.set_timeout(job.comm.train_timeout_seconds)
         self.profiler.step()
         self.collector.run(step)
+
+    def reports(self, step: int) -> bool:
+        """Whether this step is one of those that are reported."""
+        return step in (1, self.job.training.steps) or step % self.job.metrics.log_freq == 0
+
+    def report(self, validation: float | None = None) -> None:
+        """Report the last step, once: a stop reports it if it comes before the training thread does."""
+        with self.reporting:
+            facts, self.unreported = self.unreported, None
+            if facts:
+                self.sinks.log(self.meter.report(*facts, validation))
 
     def save(self, last: bool) -> None:
         """Save a checkpoint if this step is due for one."""

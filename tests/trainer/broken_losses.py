@@ -1,9 +1,11 @@
 """Losses that go wrong, brought in by `experimental.custom_import` beside the tiny model."""
 
+import json
 import os
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +48,41 @@ class HangsOnLastRank:
         return CrossEntropy()(hidden, head, batch)
 
 
+class Faulty:
+    """The usual loss, but rows named in the variable FAULTS get it times a factor, or end the process.
+
+    FAULTS: JSON, case → sum of a row's tokens and labels → {"factor": number, "once": file} (only while there is no such
+    file, which is then made) or {"kill": file} (only while there is such a file, which is then removed). What rows
+    there are is written to the file ROWS, a call a line.
+    """
+
+    def __init__(self, case: str) -> None:
+        self.faults: dict[str, dict[str, str]] = json.loads(os.environ.get("FAULTS", "{}")).get(case, {})
+
+    def __call__(self, hidden: Tensor, head: nn.Module, batch: Batch) -> RowLoss:
+        rows = CrossEntropy()(hidden, head, batch)
+        names = [str(name) for name in (1_000 * batch.tokens.sum(1) + batch.labels.sum(1)).tolist()]
+        if path := os.environ.get("ROWS"):
+            with open(path, "a") as file:
+                file.write(" ".join(names) + "\n")
+        factors = torch.tensor([self.factor(self.faults.get(name, {})) for name in names])
+        return RowLoss(rows.sums * factors, rows.counts)
+
+    def factor(self, fault: dict[str, str]) -> float:
+        if "kill" in fault and Path(fault["kill"]).exists():
+            Path(fault["kill"]).unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if "factor" not in fault or ("once" in fault and Path(fault["once"]).exists()):
+            return 1.0
+        if "once" in fault:
+            Path(fault["once"]).touch()
+        return float(fault["factor"])
+
+
+def faulty(case: str) -> Callable[[Loss], LossFn]:
+    return lambda config: Faulty(case)
+
+
 def build(config: Loss) -> LossFn:
     return NanOnRankOne()
 
@@ -58,3 +95,5 @@ if "nan_on_rank_one" not in losses:
     for name in ("hangs", "fails", "stops"):
         losses.register(f"{name}_on_last_rank", hanging(name))
     losses.register("nan_on_rank_one", build)
+    for case in ("none", "nan", "once", "spikes", "many"):
+        losses.register(f"faulty_{case}", faulty(case))

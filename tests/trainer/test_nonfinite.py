@@ -38,7 +38,21 @@ def test_skip_leaves_the_weights_and_goes_on(tmp_path: Path) -> None:
     assert [record["loss"] is None for record in found] == [False, True, False]
     assert found[1]["nonfinite"] == {"loss": "nan", "max_loss": "nan", "grad_norm": "nan"}
     events = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [event for event in events if "event" in event] == [{"event": "skipped_step", "step": 2, "reason": WHERE}]
+    assert [event for event in events if "event" in event] == [
+        {
+            "event": "skipped_step",
+            "step": 2,
+            "kind": "nonfinite",
+            "policy": "skip",
+            "loss": None,
+            "grad_norm": None,
+            "median_loss": None,
+            "median_grad_norm": None,
+            "reason": WHERE,
+            "nonfinite": {"loss": "nan", "grad_norm": "nan"},
+        }
+    ]
+    assert found[1]["tokens"] == found[0]["tokens"]  # none that it was trained on
     first, second = ((tmp_path / f"checkpoint/step-{step}/__0_0.distcp").read_bytes() for step in (1, 2))
     assert first == second
 
