@@ -152,6 +152,11 @@ class Saver:
                 )
         return results
 
+    def wait(self) -> None:
+        """Until this rank has ended the save that is under way; `poll` still tells of it. From any thread."""
+        if self._latest is not None:
+            self._latest.wait()
+
     def finish(self) -> list[SaveResult]:
         """Wait for the save that is under way. Collective, from the training thread.
 
