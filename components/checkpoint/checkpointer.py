@@ -11,7 +11,7 @@ import logging
 from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ from components.checkpoint.tensors import Index, read_tensors, target_problems
 from components.checkpoint.verifying import Verifier, Verify
 from components.runtime.errors import CheckpointError
 from components.runtime.logging import logger
+
+
+Resume = Literal["auto", "must", "never"]
 
 
 class Saved(NamedTuple):
@@ -59,11 +62,11 @@ class Checkpointer:
         """Steps with a valid checkpoint, ascending: manifest and sizes are checked, hashes are not. Not collective."""
         return [*self._verifier.valid()]
 
-    def latest(self) -> int | None:
+    def latest(self, strict: bool = False) -> int | None:
         """The newest checkpoint that is whole to the last byte; None if there is none at all.
 
         Says loudly when it has to pass over a broken one. Raises CheckpointError if all are broken: a program must not
-        decide to start again from nothing.
+        decide to start again from nothing. `strict`: raises it if the newest one is broken.
         """
         broken: list[str] = []
         for step in reversed(self.ranks.on_first(self._verifier.finished)):
@@ -72,18 +75,30 @@ class Checkpointer:
                 self._log(logging.WARNING, *(f"{problem}: falling back to step-{step}" for problem in broken))
                 return step
             broken += problems
+            if strict:
+                break
+        if broken and strict:
+            mend = 'move it away, or take "auto" to go on from the one before'
+            raise CheckpointError(f'checkpoint.resume = "must": {broken[0]}; {mend}')
         if broken:
             mend = "move them away or start a new job.dump_folder"
             raise CheckpointError(f"no checkpoint in '{self.storage.path}' is valid: {'; '.join(broken)}; {mend}")
         return None
 
-    def resolve(self, load_step: int) -> int | None:
+    def resolve(self, load_step: int, resume: Resume = "auto") -> int | None:
         """The step that `checkpoint.load_step` means: −1 the latest (None if there is none), else exactly that one.
 
-        Raises CheckpointError for a step without a valid checkpoint; the message lists those that there are.
+        Raises CheckpointError for a step without a valid checkpoint; the message lists those that there are. With
+        `resume` = "must" (`checkpoint.resume`) also if there is none at all, or if the newest is broken.
         """
         if load_step == -1:
-            return self.latest()
+            step = self.latest(strict=resume == "must")
+            if step is None and resume == "must":
+                raise CheckpointError(
+                    f"checkpoint.resume = \"must\": there is no checkpoint in '{self.storage.path}'; take \"auto\" for the"
+                    " first run of a job, whatever it starts from"
+                )
+            return step
         if problems := self.verify(load_step):
             there = self.ranks.on_first(lambda: ", ".join(f"step-{step}" for step in self.steps())) or "none"
             raise CheckpointError(
