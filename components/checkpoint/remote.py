@@ -102,7 +102,7 @@ class RemoteFolder:
         """A new file, which is in the storage once it is closed. Raises FileExistsError, CheckpointError."""
         with _reaching(self.path):
             files, path = self.at(name)
-            if files.exists(path):
+            if _info(files, path):
                 raise FileExistsError(errno.EEXIST, "File exists", f"{self.path}/{name}")
             return HashedFile(name, files.open(path, "wb"), self._upload)
 
@@ -151,7 +151,7 @@ class RemoteFolder:
         with _reaching(self.path):
             files, path = _connect(self.path)
             files.invalidate_cache()
-            if files.isdir(path) and not self.entries():
+            if _info(files, path).get("type") == "directory" and not self.entries():
                 files.rmdir(path)
 
 
@@ -169,6 +169,14 @@ def _connect(url: str) -> tuple[Any, str]:
         raise CheckpointError(f"'{url}': {problem}")
     files, path = url_to_fs(url)
     return files, str(path).rstrip("/")
+
+
+def _info(files: Any, path: str) -> dict[str, Any]:
+    """What fsspec knows of a path; empty if nothing is there. Its own `exists` says that also of what it cannot see."""
+    try:
+        return files.info(path)
+    except FileNotFoundError:
+        return {}
 
 
 def _infos(url: str) -> dict[str, dict[str, Any]]:
@@ -222,7 +230,7 @@ class RemoteStorage:
             return MANIFEST in entries
         with _reaching(self.path):
             files, path = _connect(self.folder(name).path)
-            return bool(entries) or (files.exists(path) and not files.isdir(path))
+            return bool(entries) or _info(files, path).get("type", "directory") != "directory"
 
     def prepare(self) -> list[str]:
         """Create it, try whether it can be written to, and remove what killed runs left; the names of the latter.
