@@ -51,8 +51,8 @@ class HangsOnLastRank:
 class Faulty:
     """The usual loss, but rows named in the variable FAULTS get it times a factor, or end the process.
 
-    FAULTS: JSON, case → sum of a row's tokens and labels → {"factor": number, "once": file} (only while there is no such
-    file, which is then made) or {"kill": file} (only while there is such a file, which is then removed). What rows
+    FAULTS: JSON, case → sum of a row's tokens and labels → {"factor": number, "once": file} (only while there is no
+    such file, which is then made) or {"kill": file} (only while there is such a file, which is then removed). What rows
     there are is written to the file ROWS, a call a line.
     """
 
@@ -79,6 +79,22 @@ class Faulty:
         return float(fault["factor"])
 
 
+class Jumping:
+    """The usual loss, twice as large in the third step of two calls each, and four times in the fifth."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, hidden: Tensor, head: nn.Module, batch: Batch) -> RowLoss:
+        self.calls += 1
+        rows = CrossEntropy()(hidden, head, batch)
+        return RowLoss(rows.sums * {5: 2, 6: 2, 9: 4, 10: 4}.get(self.calls, 1), rows.counts)
+
+
+def jumping(config: Loss) -> LossFn:
+    return Jumping()
+
+
 def faulty(case: str) -> Callable[[Loss], LossFn]:
     return lambda config: Faulty(case)
 
@@ -95,5 +111,6 @@ if "nan_on_rank_one" not in losses:
     for name in ("hangs", "fails", "stops"):
         losses.register(f"{name}_on_last_rank", hanging(name))
     losses.register("nan_on_rank_one", build)
+    losses.register("jumping", jumping)
     for case in ("none", "nan", "once", "spikes", "many"):
         losses.register(f"faulty_{case}", faulty(case))

@@ -1,8 +1,8 @@
-"""Bad steps: stopped at, skipped, or gone back from and passed over, on all ranks alike, and every decision recorded."""
+"""Bad steps: stopped at, skipped, or gone back from and passed over, on all ranks alike; every decision is recorded."""
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ def in_turn(jobs: dict[str, list[str]], environ: dict[str, str]) -> dict[str, Ou
     return {name: call(argv, environ) for name, argv in jobs.items()}
 
 
-def run(folder: Path, jobs: dict[str, tuple[str, ...]], ranks: int = 1, **environ: str) -> dict[str, list[Outcome]]:
+def run(folder: Path, jobs: Mapping[str, tuple[str, ...]], ranks: int = 1, **environ: str) -> dict[str, list[Outcome]]:
     """Jobs one after the other, each in a folder of its name; what each rank left of each."""
     argvs = {name: [*COMMON, f"--job.dump_folder={folder}/{name}", *job] for name, job in jobs.items()}
     if ranks == 1:
