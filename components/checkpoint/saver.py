@@ -95,14 +95,16 @@ class Saver:
         self._latest: _Save | None = None
         self._unreported: deque[_Save] = deque()
         self._failed: tuple[str, ...] = ()
+        self._fatal: tuple[str, ...] = ()
 
     def save(
         self,
         step: int,
         tensors: Mapping[str, Tensor | Box],
-        state: Mapping[str, Any],
+        state: Mapping[str, Any] | Callable[[], Mapping[str, Any]],
         job: JobIdentity,
         *,
+        through: Checkpointer | None = None,
         kind: Kind = "training",
         dtype: torch.dtype | None = None,
         after: torch.Event | None = None,
@@ -111,26 +113,26 @@ class Saver:
     ) -> None:
         """Save, or begin to; what becomes of it is for `poll` and `finish` to tell. Collective.
 
-        When it returns, tensors and state may change. Of kind "model_only" only the model's tensors are taken. `after`:
+        When it returns, tensors and state may change. A `state` that is to be called may use the Checkpointer's group.
+        `through`: another Checkpointer of that group. Of kind "model_only" only the model's tensors are taken. `after`:
         when their values are there, on an accelerator; None: when the current stream gets there. `then`: called on all
         ranks with the checkpoint once it is there, in the thread that saved it; a CheckpointError that it raises counts
         as a failed save. `wait`: save in this thread and without a copy, whatever the mode.
         """
-        save = self._next(step, kind)
+        save, store = self._next(step, kind), through or self._checkpointer
         taken = of_model(tensors) if kind == "model_only" else tensors
+        given = state() if callable(state) else state
 
         def write(source: Mapping[str, Tensor | Box], held: Mapping[str, Any]) -> int:
-            saved = self._checkpointer.save(step, source, held, job, kind, dtype)
+            saved = store.save(step, source, held, job, kind, dtype)
             if then is not None:
                 then(saved.folder)
             return saved.bytes
 
         if self._mode == "disabled" or wait:
-            self._run(save, lambda: write(taken, state))
+            self._run(save, lambda: write(taken, given))
         else:
-            self._begin(
-                save, lambda: self._stage.take(taken, after, dtype, self._checkpointer.failing(step)), write, state
-            )
+            self._begin(save, lambda: self._stage.take(taken, after, dtype, store.failing(step)), write, given)
         if self._is_owner():
             for earlier in self._unreported:
                 earlier.everywhere = earlier.thread is None or earlier is not save
@@ -143,17 +145,19 @@ class Saver:
         """
         results = []
         while self._unreported and self._has_ended(self._unreported[0]):
-            save = self._unreported.popleft()
-            results.append(_result_of(save))
-            if len(save.row) >= self._max_failed:
-                raise CheckpointError(
-                    f"checkpoint.max_failed_saves = {self._max_failed}: the last {len(save.row)} saves have failed: "
-                    + "; ".join(save.row)
-                )
+            results.append(self._report())
+        if self._fatal:
+            raise CheckpointError(
+                f"checkpoint.max_failed_saves = {self._max_failed}: the last {len(self._fatal)} saves have failed: "
+                + "; ".join(self._fatal)
+            )
         return results
 
     def wait(self) -> None:
-        """Until this rank has ended the save that is under way; `poll` still tells of it. From any thread."""
+        """Wait for the save that is under way; what became of it stays for `poll` to tell. From any thread.
+
+        Nothing uses the Checkpointer's group then.
+        """
         if self._latest is not None:
             self._latest.wait()
 
@@ -163,14 +167,19 @@ class Saver:
         That thread gets all results that `poll` has not given; another one that of the last save, whoever began it.
         Raises CheckpointError only if the ranks can no longer save together: look at the results.
         """
-        if self._latest is None:
-            return []
-        self._latest.wait()
+        self.wait()
         if not self._is_owner():
-            return [_result_of(self._latest)]
-        results = [_result_of(save) for save in self._unreported if self._has_ended(save)]
-        self._unreported.clear()
+            return [] if self._latest is None else [_result_of(self._latest)]
+        results = []
+        while self._unreported and self._has_ended(self._unreported[0]):
+            results.append(self._report())
         return results
+
+    def _report(self) -> SaveResult:
+        save = self._unreported.popleft()
+        if len(save.row) >= self._max_failed:
+            self._fatal = self._fatal or save.row
+        return _result_of(save)
 
     def _is_owner(self) -> bool:
         return threading.get_ident() == self._owner
@@ -178,8 +187,7 @@ class Saver:
     def _next(self, step: int, kind: Kind) -> _Save:
         """The save that begins now, once the last has ended on this rank."""
         save = _Save(step, kind, time.perf_counter())
-        if self._latest is not None:
-            self._latest.wait()
+        self.wait()
         self._latest = save
         if self._is_owner():
             self._unreported.append(save)
@@ -199,15 +207,19 @@ class Saver:
         except CheckpointError as error:
             self._conclude(save, 0, str(error))
             return
-        save.thread = threading.Thread(target=self._run_apart, args=(save, lambda: write(boxes, held)), name="saver")
+        device = torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
+
+        def run() -> None:
+            try:
+                if device is not None:
+                    torch.accelerator.set_device_index(device)  # else a thread begins with the first
+                self._run(save, lambda: write(boxes, held))
+            except Exception as error:  # raised where the training thread looks for it
+                save.broken = error
+
+        save.thread = threading.Thread(target=run, name="saver")
         save.stall = time.perf_counter() - save.begun
         save.thread.start()
-
-    def _run_apart(self, save: _Save, write: Callable[[], int]) -> None:
-        try:
-            self._run(save, write)
-        except Exception as error:  # raised where the training thread looks for it
-            save.broken = error
 
     def _run(self, save: _Save, write: Callable[[], int]) -> None:
         """Save. Only what the ranks could not agree on is raised."""

@@ -171,6 +171,35 @@ def test_a_save_waits_for_the_one_before(tmp_path: Path) -> None:
     assert loads(tmp_path, 2)
 
 
+def test_failures_that_finish_has_told_of_count_at_the_next_poll(tmp_path: Path) -> None:
+    run = saver(tmp_path, "async", most=2)
+    with full_disk():
+        run.save(1, tensors(1), STATE, JOB)
+        run.save(2, tensors(2), STATE, JOB)
+        run.wait()
+    assert [r.error is None for r in run.finish()] == [False, False]
+    with pytest.raises(CheckpointError, match=r"^checkpoint\.max_failed_saves = 2: the last 2 saves have failed: "):
+        run.poll()
+
+
+def test_state_is_asked_for_once_nothing_else_is_saved(tmp_path: Path) -> None:
+    run, release, asked = saver(tmp_path / "a", "async"), threading.Event(), []
+
+    def state() -> dict[str, Any]:
+        asked.append(release.is_set())
+        return STATE
+
+    other = Checkpointer(tmp_path / "b", keep_latest_k=0, group=None)
+    with held(release):
+        run.save(1, tensors(1), STATE, JOB)
+        threading.Timer(0.1, release.set).start()
+        run.save(2, tensors(2), state, JOB, through=other)
+    assert [r.error for r in run.finish()] == [None, None]
+    assert asked == [True]
+    assert loads(tmp_path / "a", 1)
+    assert loads(tmp_path / "b", 2)
+
+
 def test_what_follows_a_save(tmp_path: Path) -> None:
     seen: list[tuple[str, bool, bool]] = []
 
