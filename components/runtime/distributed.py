@@ -7,6 +7,7 @@ first, since torch's own client prints a C++ stack trace for each second that it
 """
 
 import os
+import secrets
 import socket
 import time
 from datetime import timedelta
@@ -23,6 +24,7 @@ from components.runtime.witness import Witness, running
 from components.runtime.world import World
 
 RETRY_SECONDS = 0.2
+JOIN_SECONDS = 0.005
 HOST_GROUPS = ("checkpoint", "interruption")
 """Groups of all ranks besides the default one; each carries the communication of one thing at a time."""
 
@@ -46,6 +48,8 @@ def init_process_group(world: World, device: torch.device, comm: Comm, dump_fold
     try:
         store, *_ = next(dist.rendezvous("env://", world.rank, world.size, timeout=timeout))
         store.set_timeout(timeout)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            store = _of_this_attempt(store, world, comm.init_timeout_seconds)
         groups = dist.PrefixStore("default_pg", store)
         dist.init_process_group(backend, store=groups, rank=world.rank, world_size=world.size, timeout=timeout)
     except dist.DistNetworkError as error:
@@ -57,6 +61,30 @@ def init_process_group(world: World, device: torch.device, comm: Comm, dump_fold
             " comm.init_timeout_seconds"
         ) from error
     Witness(world.rank, store, Path(f"{traces}{world.rank}")).start()
+
+
+def _of_this_attempt(store: dist.Store, world: World, seconds: float) -> dist.Store:
+    """The part of torchrun's store that belongs to this attempt alone. Raises DistStoreError if not all ranks come.
+
+    The store outlives the ranks: those that are started again find the addresses of the dead. torchrun's own count of
+    restarts is one of each machine, and they count differently. So rank 0 names the attempt: to whoever asks it by a
+    name that nobody had before, until all have said that they know it.
+    """
+    own = secrets.token_hex(8)
+    if world.rank:
+        store.set(f"join/{world.rank}", own)
+        name = store.get(f"seat/{own}").decode()
+        store.set(f"seated/{name}/{world.rank}", "")
+        return dist.PrefixStore(name, store)
+    missing, deadline = set(range(1, world.size)), time.monotonic() + seconds
+    while missing := {rank for rank in missing if not store.check([f"seated/{own}/{rank}"])}:
+        if time.monotonic() > deadline:
+            raise dist.DistStoreError(f"rank {min(missing)} has not come")
+        for rank in missing:
+            if store.check([f"join/{rank}"]):
+                store.set(f"seat/{store.get(f'join/{rank}').decode()}", own)
+        time.sleep(JOIN_SECONDS)
+    return dist.PrefixStore(own, store)
 
 
 def init_fake(world_size: int, rank: int = 0) -> None:
