@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
+from components.checkpoint.remote import protocol_problem
 from components.config.annotations import hints_of, toml_literal
 from components.config.checkpoint import Checkpoint
 from components.config.job_config import JobConfig
@@ -41,10 +42,13 @@ FOLDERS: Mapping[str, Callable[[JobConfig], str | None]] = {
     "profiling.save_memory_snapshot_folder": lambda job: job.profiling.save_memory_snapshot_folder,
     "metrics.save_tb_folder": lambda job: job.metrics.save_tb_folder,
     "checkpoint.folder": lambda job: job.checkpoint.folder,
+    "checkpoint.export_folder": lambda job: job.checkpoint.export_folder,
     "comm.save_traces_folder": lambda job: job.comm.save_traces_folder,
 }
 """Keys whose paths lie inside `job.dump_folder`."""
 
+STORES = ("checkpoint.folder", "checkpoint.export_folder")
+"""Those of them that may be URLs."""
 
 UNPARTITIONED = ("eager", "eager_noexcept", "eager_debug")
 """Back ends of torch.compile that do not split a graph into forward and backward themselves."""
@@ -253,6 +257,10 @@ def _folders(job: JobConfig) -> Problems:
     for key, value in FOLDERS.items():
         path = value(job)
         if path is None:
+            continue
+        if key in STORES and "://" in path:
+            if problem := protocol_problem(path):
+                yield f"{key} = {toml_literal(path)}: {problem}"
             continue
         parts = PurePath(path).parts
         if not parts or PurePath(path).is_absolute() or ".." in parts:

@@ -195,6 +195,11 @@ FILES: dict[str, tuple[str, ...]] = {
         'a.toml:2: optimizer.parameter_groups[0].pattern = "(": must be a regular expression, but missing ),'
         " unterminated subpattern at position 0",
     ),
+    "a URL of nothing": (
+        "[checkpoint]\nfolder = 'nothing://x/y'\n",
+        'a.toml:2: checkpoint.folder = "nothing://x/y": fsspec knows no nothing://; give a path, or a URL as in'
+        " s3://bucket/name",
+    ),
     "a folder outside": (
         "[checkpoint]\nfolder = '../all'\n",
         'a.toml:2: checkpoint.folder = "../all": must be a relative path without .. that stays inside job.dump_folder'
