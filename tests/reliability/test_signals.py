@@ -1,0 +1,183 @@
+"""SIGTERM, SIGINT, SIGUSR1 and the clock, in each phase of a job: all ranks agree, and what is left is a valid
+checkpoint from which the job goes on as if nothing had been."""
+
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components.checkpoint.checkpointer import Checkpointer
+from tests.reliability.interrupted import Ended, Shot, interrupt
+from tests.trainer.runs import facts, records
+
+TERM, INT, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
+VALIDATING = ("--validation.enable", "--validation.freq=2", "--validation.steps=1", "--validation.dataset=c4_test")
+HELD = ("held0",)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, float]]]:
+    """Ranks → what the steps of an uninterrupted job come to."""
+    found = {}
+    for ranks in (1, 2):
+        folder = tmp_path_factory.mktemp("whole")
+        assert codes(interrupt(ranks, folder, ())) == [0] * ranks
+        found[ranks] = [facts(record) for record in records(folder)]
+        assert len(found[ranks]) == 6
+    return found
+
+
+def codes(ended: list[Ended]) -> list[int]:
+    return [rank.code for rank in ended]
+
+
+def said(ended: list[Ended]) -> str:
+    return "".join(rank.err for rank in ended)
+
+
+def events(folder: Path) -> list[dict[str, Any]]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if "event" in line]
+
+
+def saved(folder: Path) -> list[int]:
+    """Steps with a checkpoint that is whole to its last byte."""
+    store = Checkpointer(folder / "checkpoint", keep_latest_k=0, group=None)
+    return [step for step in store.steps() if not store.verify(step)]
+
+
+PHASES = {
+    # phase: where it stands, for how many seconds, the arguments, the step that is saved
+    "first step": ("compute 1 inf", (), 0),
+    "forward": ("compute 3 inf", (), 2),
+    "data": ("data 4 inf", (), 3),
+    "validation": ("validation 2 inf", VALIDATING, 4),
+    "optimizer": ("step 3 1", (), 3),
+    "save": ("save 1 1", ("--checkpoint.interval=3",), 3),
+}
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("phase", "ranks"),
+    [
+        *((phase, 1) for phase in PHASES),
+        pytest.param("first step", 2, marks=SLOW),
+        pytest.param("forward", 2, marks=SLOW),
+        ("data", 2),
+        pytest.param("validation", 2, marks=SLOW),
+        pytest.param("optimizer", 2, marks=SLOW),
+        ("save", 2),
+    ],
+)
+def test_sigterm_in_each_phase_ends_in_a_checkpoint(
+    phase: str, ranks: int, whole: dict[int, list[dict[str, float]]], tmp_path: Path
+) -> None:
+    """The last rank stands still; where there is another, that one waits for it in a collective."""
+    hold, arguments, step = PHASES[phase]
+    last = ranks - 1
+    shot = Shot(TERM, tuple(range(ranks)), (f"held{last}",), delay=0.2)
+    ended = interrupt(ranks, tmp_path, arguments, [shot], HOLD=f"{hold} {last}")
+    assert codes(ended) == [75] * ranks, said(ended)
+    assert saved(tmp_path) == [step]
+    assert events(tmp_path)[-1] == {"event": "stopped", "step": step, "reason": "SIGTERM"}
+    assert [record["step"] for record in records(tmp_path)] == list(range(1, step + 1))
+    assert "Traceback" not in said(ended)
+    assert "error" not in said(ended)
+    assert codes(interrupt(ranks, tmp_path, ())) == [0] * ranks
+    assert [facts(record) for record in records(tmp_path)] == whole[ranks]
+
+
+def test_one_rank_is_told_and_all_stop(tmp_path: Path) -> None:
+    ended = interrupt(2, tmp_path, (), [Shot(INT, (1,), ("held1",))], HOLD="data 3 inf 1")
+    assert codes(ended) == [75, 75], said(ended)
+    assert saved(tmp_path) == [2]
+    assert events(tmp_path) == [{"event": "stopped", "step": 2, "reason": "SIGINT"}]
+
+
+def test_sigusr1_saves_and_goes_on_and_twice_is_once(whole: dict[int, list[dict[str, float]]], tmp_path: Path) -> None:
+    """All ranks get it twice, as from a scheduler, while the last one waits for data."""
+    shots = [Shot(USR1, (0, 1), ("held1",)), Shot(USR1, (1, 0))]
+    ended = interrupt(2, tmp_path, (), shots, HOLD="data 4 1 1")
+    assert codes(ended) == [0, 0], said(ended)
+    assert saved(tmp_path) == [3, 6]
+    found = events(tmp_path)
+    assert {json.dumps(event) for event in found} == {'{"event": "saved_on_signal", "step": 3, "reason": "SIGUSR1"}'}
+    assert [facts(record) for record in records(tmp_path)] == whole[2]
+
+
+def test_sigterm_while_sigusr1_is_saving(tmp_path: Path) -> None:
+    shots = [Shot(USR1, (0,), ("0.data",)), Shot(TERM, (0,), HELD, delay=0.3)]
+    ended = interrupt(1, tmp_path, (), shots, HOLD="save 1 1 0 data 3 inf 0")
+    assert codes(ended) == [75], said(ended)
+    assert saved(tmp_path) == [2]
+    assert [(event["event"], event["step"]) for event in events(tmp_path)] == [("saved_on_signal", 2), ("stopped", 2)]
+
+
+def test_a_second_sigterm_is_an_echo_at_first_and_then_the_end(tmp_path: Path) -> None:
+    """The save takes for ever: the second signal changes nothing, the third ends the job at once."""
+    shots = [Shot(TERM, (0,), HELD), Shot(TERM, (0,), delay=0.5), Shot(INT, (0,), delay=3)]
+    begin = time.monotonic()
+    ended = interrupt(1, tmp_path, ("--checkpoint.interval=2",), shots, HOLD="save 1 inf 0")
+    assert codes(ended) == [128 + INT], said(ended)
+    assert ended[0].err.splitlines()[-1] == "[rank 0] error: SIGINT again: ending at once"
+    assert ended[0].seconds < 1
+    assert time.monotonic() - begin > 3.5
+    assert saved(tmp_path) == []
+
+
+def test_what_is_not_saved_within_the_grace_is_given_up_and_the_late_rank_named(tmp_path: Path) -> None:
+    hold = {"HOLD": "step 3 inf 1"}
+    ended = interrupt(2, tmp_path, ("--checkpoint.grace_seconds=2",), [Shot(TERM, (0,), ("held1",))], **hold)
+    assert codes(ended) == [1, 1], said(ended)
+    assert 1.5 < ended[0].seconds < 4
+    assert saved(tmp_path) == []
+    late = (
+        "not saved within checkpoint.grace_seconds = 2: this rank waits for its training thread, in step 3, optimizer"
+    )
+    assert f"[rank 1] error: {late}\n" in ended[1].err
+
+
+def test_a_save_that_fails_on_a_stop_is_a_failure(tmp_path: Path) -> None:
+    ended = interrupt(2, tmp_path, (), [Shot(TERM, (0, 1), ("1.data",))], HOLD="fail 1 0 all data 3 inf 1")
+    assert codes(ended) == [1, 1], said(ended)
+    what = "error: SIGTERM: nothing is saved: cannot save: no space left, says the test"
+    assert [rank.err.splitlines()[-1] for rank in ended] == [f"[rank 0] {what}", f"[rank 1] {what}"]
+
+
+def test_a_training_that_fails_while_it_is_stopped_says_nothing(tmp_path: Path) -> None:
+    ended = interrupt(1, tmp_path, (), [Shot(TERM, (0,), ("0.data",), delay=0)], HOLD="save 1 1 0 error 3 0.5 0")
+    assert codes(ended) == [75], said(ended)
+    assert "Traceback" not in said(ended)
+    assert saved(tmp_path) == [2]
+
+
+def test_an_update_that_fails_half_way_is_never_saved(tmp_path: Path) -> None:
+    """The training thread fails inside a section, while the stop waits for it."""
+    ended = interrupt(1, tmp_path, (), [Shot(TERM, (0,), HELD)], HOLD="torn 3 1 0")
+    assert codes(ended) == [1], said(ended)
+    assert saved(tmp_path) == []
+    line = "[rank 0] error: SIGTERM: nothing is saved: the training thread has failed in step 3, optimizer"
+    assert ended[0].err.splitlines()[-1] == line
+
+
+def test_a_signal_after_the_last_step_changes_nothing(tmp_path: Path) -> None:
+    ended = interrupt(1, tmp_path, (), [Shot(TERM, (0,), HELD)], HOLD="close 1 1 0")
+    assert codes(ended) == [0], said(ended)
+    assert saved(tmp_path) == [6]
+    assert events(tmp_path) == []
+
+
+def test_a_stop_in_the_last_save_finds_nothing_left_to_do(tmp_path: Path) -> None:
+    ended = interrupt(1, tmp_path, (), [Shot(TERM, (0,), HELD)], HOLD="save 1 1 0")
+    assert codes(ended) == [0], said(ended)
+    assert saved(tmp_path) == [6]
+    assert len(records(tmp_path)) == 6
+
+
+def test_without_checkpoints_a_signal_keeps_its_meaning(tmp_path: Path) -> None:
+    ended = interrupt(1, tmp_path, ("--checkpoint.load_only",), [Shot(TERM, (0,), HELD)], HOLD="data 3 inf 0")
+    assert codes(ended) == [-TERM], said(ended)
