@@ -1,0 +1,372 @@
+"""What an export consists of, how it is committed, and what of it an import reads."""
+
+import json
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import Tensor
+
+from components.checkpoint import hf_export, hf_weights
+from components.checkpoint.checkpointer import Checkpointer
+from components.checkpoint.hf_export import Shard, export_hf, plan_shards
+from components.checkpoint.hf_import import load_hf, read_part
+from components.checkpoint.links import Span
+from components.checkpoint.local import LocalFolder
+from components.checkpoint.names import OursAlone, TheirsAlone
+from components.checkpoint.ranks import Ranks
+from components.checkpoint.safetensors import Place
+from components.checkpoint.storage import Folder, open_folder, open_storage
+from components.runtime.errors import CheckpointError
+from components.runtime.logging import logger
+from tests.components.checkpoint import hf_tiny as tiny
+from tests.ranks import run_ranks
+
+ALONE = Ranks(None)
+ARGS = tiny.Args()
+
+
+def export(root: Path, args: Any = ARGS, dtype: str = "float32", adapter: Any = tiny.ADAPTER, **more: Any) -> Folder:
+    """Export step 1 of the checkpoints in root to root/out/step-1."""
+    manifest = Checkpointer(root, keep_latest_k=0, group=None).read_manifest(1)
+    source, target = open_storage(root).folder("step-1"), open_storage(root / "out")
+    ranks = more.pop("ranks", ALONE)
+    return export_hf(source, manifest, target, "step-1", adapter, args, dtype=dtype, ranks=ranks, **more)
+
+
+def contents(folder: Folder | Path) -> dict[str, Tensor]:
+    """All tensors of an export, as the safetensors library reads them."""
+    found: dict[str, Tensor] = {}
+    for path in sorted(Path(folder.path if not isinstance(folder, Path) else folder).glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            assert file.metadata() == {"format": "pt"}
+            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+    return found
+
+
+@pytest.fixture
+def told() -> Iterator[list[str]]:
+    """What is logged."""
+    import logging
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    lines: list[str] = []
+    handler, level = Handler(), logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield lines
+    logger.removeHandler(handler)
+    logger.setLevel(level)
+
+
+def test_one_file(tmp_path: Path, told: list[str]) -> None:
+    tiny.save(tmp_path, tiny.ours())
+    folder = export(tmp_path)
+    assert folder.names() == ["config.json", "manifest.json", "model.safetensors"]
+    assert tiny.same(contents(folder), tiny.theirs(tiny.ours()))
+    config = {"hidden_size": 4, "num_attention_heads": 1, "torch_dtype": "float32"}
+    assert json.loads((tmp_path / "out/step-1/config.json").read_bytes()) == config
+    raw = (tmp_path / "out/step-1/model.safetensors").read_bytes()
+    assert struct.unpack("<Q", raw[:8])[0] % 8 == 0
+    store = Checkpointer(tmp_path / "out", keep_latest_k=0, group=None)
+    manifest = store.read_manifest(1)
+    assert (manifest.kind, manifest.step, manifest.fingerprint) == ("hf", 1, tiny.JOB.fingerprint)
+    assert store.verify(1) == []
+    (line,) = [line for line in told if line.startswith("exported")]
+    assert line.startswith(f"exported 3 tensors to '{tmp_path}/out/step-1': 0.0 MB in ")
+
+
+def test_several_files(tmp_path: Path) -> None:
+    tiny.save(tmp_path, tiny.ours())
+    folder = export(tmp_path, dtype="bfloat16", shard_bytes=70)
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    assert folder.names() == ["config.json", "manifest.json", *names, "model.safetensors.index.json"]
+    index = json.loads((tmp_path / "out/step-1/model.safetensors.index.json").read_bytes())
+    assert index == {
+        "metadata": {"total_size": 96},
+        "weight_map": {"their.0.weight": names[0], "their.1.weight": names[0], "their.2.weight": names[1]},
+    }
+    assert tiny.same(contents(folder), {k: v.bfloat16() for k, v in tiny.theirs(tiny.ours()).items()})
+    found = tiny.zeros()
+    load_hf(folder.path, found, tiny.ADAPTER, tiny.Args(), ALONE)
+    assert tiny.same(found, tiny.ours())
+
+
+def test_plans() -> None:
+    shapes = {"a": (3,), "big": (10,), "b": (2,), "c": (1,), "scalar": ()}
+    names = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    assert plan_shards(shapes, "F32", 16) == [
+        Shard(names[0], (("a", (3,)),)),
+        Shard(names[1], (("big", (10,)),)),
+        Shard(names[2], (("b", (2,)), ("c", (1,)), ("scalar", ()))),
+    ]
+    assert plan_shards(shapes, "BF16", 34) == [Shard("model.safetensors", tuple(shapes.items()))]
+
+
+def test_values_that_a_type_cannot_hold(tmp_path: Path) -> None:
+    tensors = tiny.ours()
+    tensors["model.l.1.w"][2, 3] = 1e5
+    tensors["model.l.2.w"][0, 0] = torch.inf
+    tiny.save(tmp_path, tensors)
+    with pytest.raises(CheckpointError) as error:
+        export(tmp_path, dtype="float16")
+    assert str(error.value) == (
+        f"cannot export to '{tmp_path}/out/step-1': their.1.weight has values that torch.float16 cannot hold: "
+        "set checkpoint.export_dtype to a wider type"
+    )
+    assert os.listdir(tmp_path / "out") == []
+    assert torch.isinf(contents(export(tmp_path, dtype="bfloat16"))["their.2.weight"][0, 0])
+
+
+def test_the_checkpoint_must_be_of_this_model(tmp_path: Path) -> None:
+    tiny.save(tmp_path, tiny.ours())
+    with pytest.raises(CheckpointError, match=r"has 48 parameters, this model.flavor 64"):
+        export(tmp_path, tiny.Args(layers=4))
+
+
+def test_tokenizer_files_are_copied(tmp_path: Path) -> None:
+    tiny.save(tmp_path, tiny.ours())
+    (tmp_path / "assets").mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "model.safetensors", "notes.txt"):
+        (tmp_path / "assets" / name).write_text(name)
+    folder = export(tmp_path, assets=str(tmp_path / "assets"))
+    assert folder.names() == [
+        "config.json",
+        "manifest.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    assert (tmp_path / "out/step-1/tokenizer.json").read_text() == "tokenizer.json"
+    assert export(tmp_path, assets=str(tmp_path / "nowhere")).names() == folder.names()[:3]
+
+
+def test_an_export_of_that_name(tmp_path: Path, told: list[str]) -> None:
+    """The same stays as it is; another one, or a broken one, is set aside."""
+    tiny.save(tmp_path / "a", tiny.ours())
+    out = tmp_path / "a" / "out"
+    export(tmp_path / "a")
+    (out / ".tmp-step-1-0123456789abcdef").mkdir()  # of a killed run
+    first = (out / "step-1" / "manifest.json").stat()
+    export(tmp_path / "a")
+    assert os.listdir(out) == ["step-1"]
+    assert (out / "step-1" / "manifest.json").stat().st_ino == first.st_ino
+    export(tmp_path / "a", dtype="bfloat16")
+    (aside,) = [name for name in os.listdir(out) if name != "step-1"]
+    assert f"'{out}/step-1' was another export: it is now '{aside}'" in told
+    assert aside.startswith("step-1.superseded-")
+    os.truncate(out / "step-1" / "model.safetensors", 50)
+    export(tmp_path / "a", dtype="bfloat16")
+    assert len(os.listdir(out)) == 3
+    assert Checkpointer(out, keep_latest_k=0, group=None).verify(1) == []
+
+
+def test_what_the_other_side_has_no_place_for(tmp_path: Path, told: list[str]) -> None:
+    adapter = replace(tiny.ADAPTER, rules=lambda args: (*tiny.ADAPTER.rules(args), OursAlone("bias", "the bias")))
+    tensors = {**tiny.ours(), "model.bias": torch.full((3,), 5.0)}
+    tiny.save(tmp_path, tensors)
+    folder = export(tmp_path, adapter=adapter)
+    assert [*contents(folder)] == ["their.0.weight", "their.1.weight", "their.2.weight"]
+    assert told[-1].endswith("; left out, since Hugging Face has no place for it: the bias")
+    found = {**tiny.zeros(), "model.bias": torch.full((3,), 7.0)}
+    load_hf(folder.path, found, adapter, tiny.Args(), ALONE)
+    assert tiny.same(found, {**tiny.ours(), "model.bias": torch.full((3,), 7.0)})
+    path = f"'{tmp_path}/out/step-1'"
+    assert told[-1] == f"loaded 3 tensors of Hugging Face weights from {path}; left as initialized: the bias"
+
+
+def test_what_our_side_has_no_place_for(tmp_path: Path) -> None:
+    """Only what is named; and a copy must be one."""
+    extras = (TheirsAlone("freq"), TheirsAlone("copy", same_as="their.1.weight"))
+    adapter = replace(tiny.ADAPTER, extras=lambda args: extras)
+    folder = tmp_path / "model"
+
+    def write(copy: Tensor, more: str = "freq") -> None:
+        tiny.write_single(folder)
+        tensors = {**tiny.theirs(tiny.ours()), "copy": copy, more: torch.ones(3)}
+        (folder / "model.safetensors").write_bytes(tiny.file_bytes(tiny.header_of(tensors), tensors))
+
+    def load() -> dict[str, Tensor]:
+        found = tiny.zeros()
+        try:
+            load_hf(str(folder), found, adapter, tiny.Args(), ALONE)
+        except CheckpointError:
+            assert tiny.same(found, tiny.zeros())
+            raise
+        return found
+
+    right = tiny.ours()["model.l.1.w"]
+    write(right)
+    assert tiny.same(load(), tiny.ours())
+    for wrong in (right + torch.eye(4) * 1e-3, right.flatten()):
+        write(wrong)
+        with pytest.raises(CheckpointError) as error:
+            load()
+        told = "copy is not the same as their.1.weight, to which config.json ties it"
+        assert str(error.value) == f"Hugging Face weights in '{folder}': {told}"
+    write(right, "frequency")
+    with pytest.raises(CheckpointError, match=r"do not fit: not expected: frequency$"):
+        load()
+
+
+def test_an_export_is_verified_when_it_is_imported(tmp_path: Path) -> None:
+    tiny.save(tmp_path, tiny.ours())
+    folder, found = export(tmp_path), tiny.zeros()
+    file = tmp_path / "out/step-1/model.safetensors"
+    raw = file.read_bytes()
+    file.write_bytes(raw[:-1] + b"?")
+
+    def load(path: str, **more: Any) -> None:
+        load_hf(path, found, tiny.ADAPTER, tiny.Args(), ALONE, **more)
+
+    with pytest.raises(CheckpointError, match=f"model.safetensors: bytes 0 to {len(raw)} have changed"):
+        load(folder.path)
+    assert tiny.same(found, tiny.zeros())
+    load(folder.path, verify="sizes")
+    with pytest.raises(CheckpointError, match="is a model_only checkpoint of Espalier's"):
+        load(str(tmp_path / "step-1"))
+
+
+def test_types_are_cast(tmp_path: Path) -> None:
+    folder = tiny.write_single(tmp_path / "model")
+    found = {name: value.bfloat16() for name, value in tiny.zeros().items()}
+    load_hf(str(folder), found, tiny.ADAPTER, tiny.Args(), ALONE)
+    assert tiny.same(found, {name: value.bfloat16() for name, value in tiny.ours().items()})
+
+
+class Counting:
+    """A file that counts what is read of it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.read_bytes = file, 0
+
+    def seek(self, offset: int) -> int:
+        return self._file.seek(offset)
+
+    def read(self, count: int) -> bytes:
+        data = self._file.read(count)
+        self.read_bytes += len(data)
+        return data
+
+
+@pytest.mark.parametrize(
+    ("part", "read"),
+    [
+        ((Span(0, 6), Span(0, 5), Span(0, 4096)), 6 * 5 * 16384),
+        ((Span(2, 1), Span(1, 2), Span(0, 4096)), 2 * 16384),
+        ((Span(1, 3), Span(1, 2), Span(0, 4096)), 3 * 2 * 16384),
+        ((Span(1, 3), Span(1, 2), Span(1000, 2000)), 3 * 2 * 8000),
+        ((Span(1, 3), Span(4, 1), Span(4000, 96)), 3 * 16384),  # short runs: with what lies beside them
+        ((Span(1, 2, 3), Span(0, 3, 2), Span(5, 2, 4000)), 4 * 5 * 16004),
+        ((Span(3, 2), Span(0, 5), Span(1024, 1024)), 2 * 5 * 4096),
+    ],
+)
+def test_only_what_is_needed_is_read(part: tuple[Span, ...], read: int, tmp_path: Path) -> None:
+    whole = torch.arange(6.0 * 5 * 4096).view(6, 5, 4096)
+    (tmp_path / "file").write_bytes(b"x" * 24 + whole.numpy().tobytes())
+    with (tmp_path / "file").open("rb") as opened:
+        file: Any = Counting(opened)
+        found = read_part(file, Place("file", "F32", (6, 5, 4096), 24), part)
+        assert torch.equal(found, whole[tuple(span.slice for span in part)])
+        assert file.read_bytes == read
+    with (tmp_path / "file").open("rb") as opened, pytest.raises(CheckpointError, match="file ended before its last"):
+        read_part(opened, Place("file", "F32", (7, 5, 4096), 24), (Span(6, 1), Span(0, 5), Span(0, 4096)))
+
+
+LAYERS, WIDTH = 16, 768  # 36 MiB of weights
+
+
+def memory(root: str) -> tuple[float, float]:
+    """Peaks of export and import above what was there before, in tensors; no piece is read twice."""
+    args = tiny.Args(LAYERS, WIDTH)
+    tiny.save(Path(root) / "warm", tiny.ours())
+    export(Path(root) / "warm")
+    tiny.save(Path(root), tiny.ours(args))
+    reads = 0
+    original = hf_weights.read_piece
+
+    def counted(*given: Any) -> Tensor:
+        nonlocal reads
+        reads += 1
+        return original(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hf_weights, "read_piece", counted)
+        before = _peak()
+        folder = export(Path(root), args, "bfloat16", shard_bytes=5 << 20)
+        exported = _peak() - before
+    assert reads == LAYERS
+    assert len(folder.names()) == 3 + LAYERS // 4
+    found = tiny.zeros(args)
+    for value in found.values():
+        value.fill_(-1.0)  # its memory is really there
+    before = _peak()
+    load_hf(folder.path, found, tiny.ADAPTER, args, ALONE)
+    imported = _peak() - before
+    assert all(torch.equal(found[name], value.bfloat16().float()) for name, value in tiny.ours(args).items())
+    return exported / (4 * WIDTH**2), imported / (4 * WIDTH**2)
+
+
+def _peak() -> int:
+    """The most memory that this process has held since the last look, in bytes."""
+    status = Path("/proc/self/status").read_text()
+    Path("/proc/self/clear_refs").write_text("5")
+    return int(status.partition("VmHWM:")[2].split()[0]) << 10
+
+
+def test_memory_of_one_tensor_is_enough(tmp_path: Path) -> None:
+    ((exported, imported),) = run_ranks(1, memory, str(tmp_path), backend=None)
+    assert exported < 5.0
+    assert imported < 5.0
+
+
+def failing(root: str, phase: str) -> list[str]:
+    """One of two ranks cannot write its file, or no rank can commit; the errors, and what is there then."""
+    ranks, texts = Ranks(dist.group.WORLD), list[str]()
+    with pytest.MonkeyPatch.context() as patch:
+        if phase == "write" and ranks.rank == 1:
+            patch.setattr(LocalFolder, "create", _fail)
+        if phase == "commit":
+            patch.setattr(os, "rename", _fail)
+        with pytest.raises(CheckpointError) as error:
+            export(Path(root), ranks=ranks, shard_bytes=70)
+        texts.append(str(error.value))
+    dist.barrier()
+    return [*texts, *sorted(os.listdir(Path(root) / "out"))]
+
+
+def _fail(*_: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(("phase", "who"), [("write", "rank 1: "), ("commit", "")])
+def test_a_failure_on_one_rank_leaves_nothing(phase: str, who: str, tmp_path: Path) -> None:
+    tiny.save(tmp_path, tiny.ours())
+    first, second = run_ranks(2, failing, str(tmp_path), phase)
+    mend = "free space there, or lower checkpoint.keep_latest_k"
+    assert first == [f"cannot export to '{tmp_path}/out/step-1': {who}No space left on device: {mend}"]
+    assert second == first
+
+
+def test_a_piece_that_is_something_else(tmp_path: Path) -> None:
+    """The files of a checkpoint hold what `torch.save` writes; its index says where."""
+    tiny.save(tmp_path, tiny.ours())
+    folder = open_folder(tmp_path / "step-1")
+    index = hf_export.read_files(folder, Checkpointer(tmp_path, keep_latest_k=0, group=None).read_manifest(1))[0]
+    entry = index["model.l.1.w"]
+    piece = entry.pieces[0]
+    assert torch.equal(hf_weights.read_piece(folder, entry, piece), tiny.ours()["model.l.1.w"])
+    with pytest.raises(CheckpointError, match=f"{piece.file} holds no tensor at byte {piece.start + 1}"):
+        hf_weights.read_piece(folder, entry, replace(piece, start=piece.start + 1))
+    with pytest.raises(CheckpointError, match="holds something else at byte"):
+        hf_weights.read_piece(folder, replace(entry, dtype="bfloat16"), piece)
