@@ -8,6 +8,7 @@ names are plain file names, numbers are bounded, nothing in it is run. Torch-fre
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+MAX_BYTES = 64 << 20
+"""Of a manifest; hashes of 100 TB take as much."""
 Kind = Literal["training", "model_only", "hf"]
 Count = Annotated[int, Field(ge=0)]
 
@@ -111,7 +114,7 @@ def _reason(error: Exception) -> str:
 def _file_list_problems(manifest: Manifest) -> list[str]:
     names = [entry.name for entry in manifest.files]
     problems = [f"{name!r} is not a plain file name" for name in names if not is_plain(name)]
-    problems += [f"{name!r} is listed twice" for name in sorted({name for name in names if names.count(name) > 1})]
+    problems += [f"{name!r} is listed twice" for name, count in sorted(Counter(names).items()) if count > 1]
     problems += [
         f"{entry.name!r} has {len(entry.hashes)} hashes for {entry.size} bytes"
         for entry in manifest.files
@@ -132,13 +135,15 @@ def read_manifest(folder: "Folder") -> Manifest:
     """
     try:
         with folder.open(MANIFEST) as file:
-            raw = file.read()
+            raw = file.read(MAX_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(
             f"no {MANIFEST} in it: not a checkpoint of Espalier, or one that was never finished"
         ) from error
     except OSError as error:
         raise CheckpointError(f"{MANIFEST} cannot be read: {error.strerror or error}") from error
+    if len(raw) > MAX_BYTES:
+        raise CheckpointError(f"{MANIFEST} has more than {MAX_BYTES} bytes: not a manifest of Espalier")
     manifest = parse(raw)
     try:
         sizes = folder.sizes()

@@ -132,7 +132,7 @@ def test_checkpoints_that_have_changed_names_are_found(root: Path) -> None:
         [f"checkpoint step-{step}: its manifest.json says step {other}: the folder has been renamed"]
         for step, other in ((1, 2), (2, 1))
     ]
-    with pytest.raises(CheckpointError, match="no checkpoint in .* is valid"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is valid"):
         checkpointer(root).latest()
 
 
