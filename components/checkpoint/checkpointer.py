@@ -30,7 +30,6 @@ from components.checkpoint.verifying import Verifier, Verify
 from components.runtime.errors import CheckpointError
 from components.runtime.logging import logger
 
-
 Resume = Literal["auto", "must", "never"]
 
 
@@ -95,8 +94,8 @@ class Checkpointer:
             step = self.latest(strict=resume == "must")
             if step is None and resume == "must":
                 raise CheckpointError(
-                    f"checkpoint.resume = \"must\": there is no checkpoint in '{self.storage.path}'; take \"auto\" for the"
-                    " first run of a job, whatever it starts from"
+                    f'checkpoint.resume = "must": there is no checkpoint in \'{self.storage.path}\'; take "auto" for a'
+                    " job's first run, whatever it starts from"
                 )
             return step
         if problems := self.verify(load_step):
@@ -274,6 +273,10 @@ class Checkpointer:
 
 
 def _require_complete(name: str, manifest: Manifest, exclude: Collection[str]) -> None:
+    if manifest.kind == "hf":
+        raise CheckpointError(
+            f"checkpoint {name} is an export of weights as Hugging Face safetensors: set checkpoint.initial_load_in_hf"
+        )
     if manifest.kind == "model_only" and not {*ALL_BUT_MODEL} <= {*exclude}:
         raise CheckpointError(
             f"checkpoint {name} holds only weights (checkpoint.last_save_model_only): training cannot resume from it; "

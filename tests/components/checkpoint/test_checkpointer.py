@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from components.checkpoint.checkpointer import Checkpointer
 from components.checkpoint.fingerprint import JobIdentity
 from components.checkpoint.manifest import MANIFEST
 from components.checkpoint.state import ALL_BUT_MODEL
@@ -145,6 +146,53 @@ def test_all_broken_does_not_start_again_from_nothing(tmp_path: Path) -> None:
     assert error_of(lambda: checkpointer(tmp_path).latest()) == (
         f"no checkpoint in '{tmp_path}' is valid: checkpoint step-10: state.json is missing; "
         "move them away or start a new job.dump_folder"
+    )
+
+
+def test_must_resume_from_the_newest(tmp_path: Path) -> None:
+    assert error_of(lambda: checkpointer(tmp_path).resolve(-1, "must")) == (
+        f'checkpoint.resume = "must": there is no checkpoint in \'{tmp_path}\'; take "auto" for a job\'s first run,'
+        " whatever it starts from"
+    )
+    save(tmp_path, 10, 20)
+    assert checkpointer(tmp_path).resolve(-1, "must") == 20
+    (tmp_path / "step-20/state.json").unlink()
+    assert error_of(lambda: checkpointer(tmp_path).resolve(-1, "must")) == (
+        'checkpoint.resume = "must": checkpoint step-20: state.json is missing; move it away, or take "auto" to go'
+        " on from the one before"
+    )
+    assert checkpointer(tmp_path).resolve(10, "must") == 10
+    assert checkpointer(tmp_path).resolve(-1, "auto") == 10
+
+
+def test_a_new_course_loses_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save(tmp_path, 0, 10, 20)
+    (tmp_path / "step-20/state.json").unlink()
+    checkpointer(tmp_path).supersede(None)
+    aside = sorted(os.listdir(tmp_path))
+    assert [name.partition(".")[0] for name in aside] == ["step-0", "step-10", "step-20"]
+    assert caplog.messages == [
+        f"starting anew: {name.partition('.')[0]} is of an earlier course, now '{name}'" for name in aside
+    ]
+    assert checkpointer(tmp_path).latest() is None
+    found = zeros()
+    assert checkpointer(tmp_path).load(tmp_path / aside[1], found, job=JOB) == STATE
+    assert same(found, tensors(10))
+
+
+def test_sizes_alone_are_checked_where_that_is_wanted(tmp_path: Path) -> None:
+    save(tmp_path, 10, 20)
+    damage(tmp_path / "step-20/.metadata")
+    run = Checkpointer(tmp_path, keep_latest_k=0, group=None, verify="sizes")
+    assert (run.latest(), run.verify(20), checkpointer(tmp_path).latest()) == (20, [], 10)
+    (tmp_path / "step-20/state.json").write_bytes(b"")
+    assert run.latest() == 10
+
+
+def test_an_export_is_no_checkpoint_to_load(tmp_path: Path) -> None:
+    checkpointer(tmp_path).save(3, tensors(3), {}, JOB, "hf")
+    assert error_of(lambda: checkpointer(tmp_path).load(3, zeros(), job=JOB)) == (
+        "checkpoint step-3 is an export of weights as Hugging Face safetensors: set checkpoint.initial_load_in_hf"
     )
 
 
