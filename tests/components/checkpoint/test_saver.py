@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -308,6 +309,32 @@ def test_a_disk_that_is_full_on_one_rank_fails_on_all_alike(tmp_path: Path, mode
         f"checkpoint.max_failed_saves = 2: the last 2 saves have failed: {errors[0]}; {errors[1]}",
     ]
     assert os.listdir(tmp_path) == ["step-1"]
+
+
+def on_a_small_disk(root: str, mode: Mode) -> list[str | None]:
+    """Files may not grow beyond 64 KiB during the second and third of five saves; the errors of all."""
+    run, errors = saver(root, mode), []
+    big = {"model.w": torch.arange(50_000.0), "optimizer.w.exp_avg": torch.ones(50_000)}
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for step in range(1, 6):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, unlimited[1]) if step in (2, 3) else unlimited)
+        run.save(step, big, STATE, JOB)
+        errors += [r.error for r in run.finish()]
+        assert run.poll() == []
+    return errors
+
+
+@pytest.mark.parametrize("mode", ["disabled", "async"])
+def test_a_disk_that_is_full_for_a_while(tmp_path: Path, mode: Mode) -> None:
+    (errors,) = run_ranks(1, on_a_small_disk, str(tmp_path), mode)
+    mend = "free space there, or lower checkpoint.keep_latest_k"
+    texts = [f"cannot save step-{step} in '{tmp_path}': File too large: {mend}" for step in (2, 3)]
+    assert errors == [None, *texts, None, None]
+    assert sorted(os.listdir(tmp_path)) == ["step-1", "step-4", "step-5"]
+    for step in (1, 4, 5):
+        found = {"model.w": torch.zeros(50_000), "optimizer.w.exp_avg": torch.zeros(50_000)}
+        Checkpointer(tmp_path, keep_latest_k=0, group=None).load(step, found, job=JOB)
+        assert torch.equal(found["model.w"], torch.arange(50_000.0))
 
 
 def slow_on_one(root: str) -> list[list[int]]:
