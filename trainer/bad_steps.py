@@ -179,6 +179,7 @@ class BadSteps:
         if self.trainer.early:
             done = "but weights have moved (optimizer.early_step_in_backward): go back to a checkpoint"
         self._record("stopped_bad_step", verdict, reason=text + why)
+        self.trainer.note_saves(self.trainer.persistence.finish())
         error: type[EspalierError] = NonFiniteError if verdict.kind == "nonfinite" else SpikeError
         what = "not finite" if verdict.kind == "nonfinite" else "spike"
         raise error(f"{what} {done}: {text}{why}")

@@ -10,23 +10,29 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from components.checkpoint.checkpointer import Checkpointer
 from components.checkpoint.fingerprint import JobIdentity, require_same_job
+from components.checkpoint.hf_config import Adapter
+from components.checkpoint.hf_import import load_hf
 from components.checkpoint.manifest import Manifest
+from components.checkpoint.saver import Saver, SaveResult
 from components.checkpoint.state import ALL_BUT_MODEL, check_exclude
+from components.checkpoint.storage import Folder
 from components.config.job_config import JobConfig
 from components.runtime import seeds
 from components.runtime.distributed import new_host_group
 from components.runtime.errors import CheckpointError, ConfigError
 from components.runtime.logging import logger
+from trainer.exports import Exports, place
 from trainer.parts import Parts, Progress
 
+NO_ADAPTER = "the model's family does not say how Hugging Face writes it (TrainSpec.state_dict_adapter)"
 EXPORT_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -34,7 +40,7 @@ EXPORT_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32"
 class Source:
     """The checkpoint that a run starts from."""
 
-    step: int | Path
+    step: int | str
     """A step of this run's own folder, or a folder elsewhere."""
     manifest: Manifest
     """What it says of itself."""
@@ -52,23 +58,42 @@ class Source:
 
 
 class Persistence:
-    """Saves and loads one job's parts. With `checkpoint.enable` off it does neither."""
+    """Saves and loads one job's parts. With `checkpoint.enable` off it does neither.
 
-    def __init__(self, job: JobConfig) -> None:
-        self.config = job.checkpoint
-        check_exclude(self.config.exclude_from_loading)
-        root = Path(job.job.dump_folder) / self.config.folder
-        group = new_host_group("checkpoint", job.comm.checkpoint_timeout_seconds) if self.config.enable else None
-        self.store = Checkpointer(root, keep_latest_k=self.config.keep_latest_k, group=group)
+    `adapter`, `args`: how Hugging Face writes the model (`TrainSpec.state_dict_adapter`), and the model's arguments.
+    """
+
+    def __init__(self, job: JobConfig, adapter: Adapter | None = None, args: Any = None) -> None:
+        self.config = config = job.checkpoint
+        check_exclude(config.exclude_from_loading)
+        root = place(job, config.folder)
+        group = new_host_group("checkpoint", job.comm.checkpoint_timeout_seconds) if config.enable else None
+        self.store = Checkpointer(root, keep_latest_k=config.keep_latest_k, group=group, verify=config.verify)
+        self.saver = Saver(self.store, mode=config.async_mode, max_failed_saves=config.max_failed_saves)
         self.saved_step = -1
-        if self.config.enable and not self.config.load_only:
+        self._loaded = -1
+        self._adapter, self._args = adapter, args
+        self.exports = self._build_exports(job, group)
+        if config.enable and not config.load_only:
             self.store.prepare()
+        if self.exports:
+            self.exports.prepare()
         self.source = self._find() if self.config.enable else None
         if self.config.create_seed_checkpoint and self.source is not None:
             raise ConfigError(
                 f"checkpoint.create_seed_checkpoint = true: '{root}' holds {self.source.describe()} already, and a seed"
                 " is the first: set it to false to go on from there, or start a new job.dump_folder"
             )
+
+    def _build_exports(self, job: JobConfig, group: ProcessGroup | None) -> Exports | None:
+        """What exports weights, if the job does. Raises ConfigError if its model cannot be."""
+        config = self.config
+        if not config.enable or config.load_only or not (config.last_save_in_hf or config.export_interval):
+            return None
+        if self._adapter is None:
+            key = "last_save_in_hf = true" if config.last_save_in_hf else f"export_interval = {config.export_interval}"
+            raise ConfigError(f"checkpoint.{key}: {NO_ADAPTER}; leave it out")
+        return Exports(job, self._adapter, self._args, group)
 
     def _find(self) -> Source | None:
         """What to start from: a step of one's own folder, else `initial_load_path`, else nothing. Weights at step 0 are
@@ -78,13 +103,15 @@ class Persistence:
             if not self.config.load_only:
                 self.store.supersede(None)
         else:
-            step = self.store.resolve(self.config.load_step)
+            step = self.store.resolve(self.config.load_step, self.config.resume)
         if step is not None:
             manifest = self.store.read_manifest(step)
             return Source(step, manifest, model_only=step == 0 and manifest.kind == "model_only")
         if self.config.initial_load_path is None:
             return None
-        path = Path(self.config.initial_load_path)
+        if self.config.initial_load_in_hf:
+            return None
+        path = self.config.initial_load_path
         return Source(path, self.store.read_manifest(path), model_only=self.config.initial_load_model_only)
 
     @property
@@ -107,6 +134,8 @@ class Persistence:
         """
         source = self.source
         if source is None:
+            if self.config.enable and self.config.initial_load_in_hf and self.config.initial_load_path:
+                self._load_hf(self.config.initial_load_path, parts)
             return Progress()
         if source.own and not source.model_only and "train_state" in self.config.exclude_from_loading:
             raise ConfigError(
@@ -117,13 +146,24 @@ class Persistence:
         progress = self._restore(source, parts, identity, exclude)
         if isinstance(source.step, int):
             self.saved_step = source.step
+            self._loaded = -1 if source.model_only else source.step
             if not self.config.load_only:
                 self.store.supersede(source.step)
         return progress
 
+    def _load_hf(self, path: str, parts: Parts) -> None:
+        """Bring the weights to those of Hugging Face safetensors."""
+        if self._adapter is None:
+            raise ConfigError(f"checkpoint.initial_load_in_hf = true: {NO_ADAPTER}; set it to false")
+        verify = self.config.verify
+        load_hf(path, parts.weights, self._adapter, self._args, self.store.ranks, verify=verify)
+        parts.equalize()
+        logger.info("loaded the Hugging Face weights in '%s'", path)
+
     def newest(self) -> int | None:
         """The step of the newest whole checkpoint of this run's own that a running job can go back to, with everything
         that it has; None if there is none yet. Collective. Raises CheckpointError if all are broken."""
+        self.saver.wait()
         step = self.store.latest()
         if step is None or self.store.read_manifest(step).kind != "training":
             return None
@@ -133,7 +173,7 @@ class Persistence:
     def reload(self, step: int, parts: Parts, identity: JobIdentity) -> Progress:
         """Bring the parts of a running job back to where its checkpoint `step` (`newest`) left them, as `load` does."""
         progress = self._restore(Source(step, self.store.read_manifest(step), False), parts, identity, ())
-        self.saved_step = step
+        self.saved_step = self._loaded = step
         self.store.supersede(step)
         return progress
 
@@ -191,16 +231,77 @@ class Persistence:
             return False
         return last or step % config.interval == 0 or (step == 1 and config.enable_first_step_checkpoint)
 
-    def save(self, progress: Progress, parts: Parts, identity: JobIdentity, *, weights_only: bool = False) -> None:
-        """Save the job as it is after `progress.step`. Collective."""
+    def export_is_due(self, step: int, last: bool) -> bool:
+        """Whether this step's weights are to be exported."""
+        return self.exports is not None and self.exports.is_due(step, last)
+
+    def save_due(self, progress: Progress, parts: Parts, identity: JobIdentity, *, last: bool) -> None:
+        """Save and export what is due after `progress.step`; from the training thread. Never raises for a save that
+        fails. Collective."""
+        step, exports = progress.step, self.exports
+        exported = self.export_is_due(step, last)
+        if self.is_due(step, last):
+            then = exports.run if exports and exported else None
+            self.save(progress, parts, identity, weights_only=last and self.config.last_save_model_only, then=then)
+        elif exports and exported:
+            self._save_weights(progress, parts, identity, through=exports.scratch, then=exports.run_and_drop)
+
+    def save(
+        self,
+        progress: Progress,
+        parts: Parts,
+        identity: JobIdentity,
+        *,
+        weights_only: bool = False,
+        wait: bool = False,
+        then: Callable[[Folder], None] | None = None,
+    ) -> None:
+        """Save the job as it is after `progress.step`, in the background if it may. What becomes of it `poll` tells.
+
+        `wait`: not in the background. `then`: see `Saver.save`. Collective.
+        """
         if weights_only:
-            dtype = EXPORT_DTYPES[self.config.export_dtype]
-            self.store.save_model(progress.step, parts.weights, identity, dtype)
+            self._save_weights(progress, parts, identity, wait=wait, then=then)
         else:
-            state = self._state(progress, parts, parts.table(progress.cursors, self.store.ranks))
             drawn = progress.generators or seeds.generator_state(parts.device)
-            self.store.save(progress.step, {**parts.tensors, **self._generators(parts, drawn)}, state, identity)
+            self.saver.save(
+                progress.step,
+                {**parts.tensors, **self._generators(parts, drawn)},
+                lambda: self._state(progress, parts, parts.table(progress.cursors, self.store.ranks)),
+                identity,
+                wait=wait,
+                then=then,
+            )
         self.saved_step = progress.step
+
+    def _save_weights(self, progress: Progress, parts: Parts, identity: JobIdentity, **how: Any) -> None:
+        dtype = EXPORT_DTYPES[self.config.export_dtype]
+        self.saver.save(progress.step, parts.weights, {}, identity, kind="model_only", dtype=dtype, **how)
+
+    def ensure_saved(self, progress: Progress, parts: Parts, identity: JobIdentity) -> bool:
+        """Have the job saved as it is after `progress.step`, once this returns. True: it was already.
+
+        From another thread than the training's, while that is held back. Raises CheckpointError. Collective.
+        """
+        if self._is_kept(progress.step):
+            return True
+        self.save(progress, parts, identity, wait=True)
+        if error := self.saver.finish()[-1].error:
+            raise CheckpointError(error)
+        return False
+
+    def _is_kept(self, step: int) -> bool:
+        latest = [result for result in self.saver.finish() if result.step == step and result.error is None]
+        return step == self._loaded or (step == self.saved_step and bool(latest))  # else it was an export alone
+
+    def poll(self) -> list[SaveResult]:
+        """Each step, from the training thread: the saves that have ended since. Raises CheckpointError if too many have
+        failed in a row. Collective."""
+        return self.saver.poll()
+
+    def finish(self) -> list[SaveResult]:
+        """Wait for what is under way, and give what `poll` has not given yet; from the training thread. Collective."""
+        return self.saver.finish()
 
     def _state(self, progress: Progress, parts: Parts, table: list[list[int]]) -> dict[str, Any]:
         """Everything of a job that is no tensor, as part → plain JSON value."""

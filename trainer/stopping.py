@@ -65,10 +65,8 @@ class Stop:
         trainer = self.trainer
         self._use_own_stream()
         step = trainer.settled.step
-        if trainer.persistence.saved_step == step:
+        if trainer.persistence.ensure_saved(trainer.settled, trainer.parts, trainer.identity):
             self.finished = step == trainer.job.training.steps
-        else:
-            trainer.persistence.save(trainer.settled, trainer.parts, trainer.identity)
         if request.wish == Wish.SAVE:
             trainer.sinks.note({"event": "saved_on_signal", "step": step, "reason": request.reason})
 

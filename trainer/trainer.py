@@ -7,7 +7,7 @@ the loop."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Iterator, MutableMapping
+from collections.abc import Generator, Iterator, MutableMapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, NamedTuple, cast
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from components.checkpoint.fingerprint import JobIdentity, fingerprint_of
+from components.checkpoint.saver import SaveResult
 from components.data.loader import Loader, StepRows
 from components.mesh.batch import IGNORE, Batch, RowLoss
 from components.mesh.degrees import resolve_degrees
@@ -32,7 +33,7 @@ from components.parallel.pipeline import Stage
 from components.runtime import distributed, logging, seeds, witness
 from components.runtime.collect import GarbageCollector
 from components.runtime.device import compute_dtype, mark, pick_device
-from components.runtime.errors import DataError
+from components.runtime.errors import CheckpointError, DataError
 from components.runtime.gate import Gate
 from components.runtime.logging import logger
 from components.runtime.paths import prepare_folder
@@ -84,7 +85,7 @@ class Trainer:
         # what it is
         self.spec = families[job.model.name].load()
         self.args = get_args(job.model.name, job.model.flavor)
-        self.persistence = Persistence(job)
+        self.persistence = Persistence(job, self.spec.state_dict_adapter, self.args)
         self.job, notes = settle(job, self.dims.data_degree, self.persistence.saved_sizes)
         self.identity = self.identify(resolved)
         # what it reads
@@ -401,12 +402,26 @@ class Trainer:
                 self.sinks.log(self.meter.report(*facts, validation))
 
     def save(self, last: bool) -> None:
-        """Save a checkpoint if this step is due for one."""
-        if self.persistence.is_due(self.progress.step, last):
+        """Save and export what this step is due for. Raises CheckpointError if the last step's save fails, or too many
+        in a row."""
+        step, persistence = self.progress.step, self.persistence
+        if persistence.is_due(step, last) or persistence.export_is_due(step, last):
             self.standing.phase = "save"
-            weights_only = last and self.job.checkpoint.last_save_model_only
             with self.gate.section():
-                self.persistence.save(self.settled, self.parts, self.identity, weights_only=weights_only)
+                persistence.save_due(self.settled, self.parts, self.identity, last=last)
+        failed = self.note_saves(persistence.finish() if last else persistence.poll())
+        if last and failed:
+            raise CheckpointError(failed[-1])
+
+    def note_saves(self, results: Sequence[SaveResult]) -> list[str]:
+        """Record saves that have ended; the errors of those that failed."""
+        for result in results:
+            cost = {"seconds": result.seconds, "stall_seconds": result.stall, "bytes": result.bytes}
+            if result.error:
+                self.sinks.note({"event": "save_failed", "step": result.step, "reason": result.error, **cost})
+            elif result.bytes:
+                self.sinks.note({"event": "saved", "step": result.step, "kind": result.kind, **cost})
+        return [result.error for result in results if result.error]
 
     def close(self) -> None:
         """Flush what is reported, end worker processes and process groups. Collective."""

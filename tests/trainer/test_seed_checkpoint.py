@@ -60,7 +60,8 @@ def test_training_starts_from_the_weights_that_are_in_it(fresh: Path, tmp_path: 
     saved = Checkpointer(tmp_path / "mine/checkpoint", keep_latest_k=0, group=None)
     held = {name: torch.empty_like(value) for name, value in changed.items()}
     state = saved.load(3, held, job=None, exclude=("optimizer", "lr_scheduler", "dataloader", "rng"))
-    assert state == {"train_state": {"step": 3, "tokens": records(tmp_path / "mine")[-1]["tokens"]}}
+    tokens = records(tmp_path / "mine")[-1]["tokens"]
+    assert state == {"train_state": {"step": 3, "tokens": tokens, "recent": [], "passed_over": []}}
     assert all(torch.allclose(held[name], changed[name], rtol=1e-6, atol=0) for name in changed)
     (other,) = launch(1, tmp_path / "made", *SAVING, "--model.flavor=tied")
     assert other.code == 2

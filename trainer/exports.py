@@ -1,0 +1,72 @@
+"""When a job's weights are exported as Hugging Face safetensors, where to, and from what.
+
+An export reads a checkpoint that has just been saved, in the thread that saved it. Where a step is exported but has no
+checkpoint, its weights are saved for that alone, beside the exports, and removed afterwards: they must not be among the
+checkpoints, where a resume would find them newest and without the rest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch.distributed import ProcessGroup
+
+from components.checkpoint.checkpointer import Checkpointer
+from components.checkpoint.hf_config import Adapter
+from components.checkpoint.hf_export import export_hf
+from components.checkpoint.manifest import read_manifest
+from components.checkpoint.storage import Folder, open_storage, step_folders, step_name
+from components.config.job_config import JobConfig
+
+SCRATCH = ".weights"
+"""Folder beside the exports, of weights that are saved only to be exported."""
+
+
+def place(job: JobConfig, folder: str) -> Path | str:
+    """A folder of the job's: inside of its dump folder, unless it is a URL."""
+    return folder if "://" in folder else Path(job.job.dump_folder) / folder
+
+
+class Exports:
+    """The exports of one job. Creating it touches no file."""
+
+    def __init__(self, job: JobConfig, adapter: Adapter, args: Any, group: ProcessGroup | None) -> None:
+        self.config, self.adapter, self.args = job.checkpoint, adapter, args
+        root = place(job, self.config.export_folder)
+        self.target = open_storage(root)
+        self.scratch = Checkpointer(f"{root}/{SCRATCH}", keep_latest_k=0, group=group)
+        self.ranks = self.scratch.ranks
+        self.assets = job.model.tokenizer_path or job.model.hf_assets_path
+
+    def prepare(self) -> None:
+        """Before the first export: see that it can be written to, and remove what killed runs left.
+
+        Raises CheckpointError. Collective.
+        """
+        key = f"checkpoint.export_folder: '{self.target.path}' cannot be written to"
+        self.ranks.on_first(self._prepare, key)
+
+    def _prepare(self) -> None:
+        self.target.prepare()
+        self.scratch.storage.prepare()
+        for step in step_folders(self.scratch.storage):
+            self.scratch.storage.delete(step_name(step))
+
+    def is_due(self, step: int, last: bool) -> bool:
+        """Whether the weights after this step are exported."""
+        each = self.config.export_interval
+        return (last and self.config.last_save_in_hf) or bool(each and step % each == 0)
+
+    def run(self, source: Folder) -> None:
+        """Export a checkpoint. Raises CheckpointError on all ranks. Collective."""
+        what = f"cannot export {source.name}"
+        manifest = self.ranks.on_first(lambda: read_manifest(source), what)
+        how = {"dtype": self.config.export_dtype, "ranks": self.ranks, "assets": self.assets}
+        export_hf(source, manifest, self.target, step_name(manifest.step), self.adapter, self.args, **how)
+
+    def run_and_drop(self, source: Folder) -> None:
+        """Export weights that were saved for that alone, and remove them."""
+        try:
+            self.run(source)
+        finally:
+            self.ranks.on_first(lambda: self.scratch.storage.delete(source.name), f"cannot remove '{source.path}'")
