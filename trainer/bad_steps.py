@@ -167,7 +167,9 @@ class BadSteps:
         created = trainer.persistence.store.read_manifest(to_step).created
         if trainer.world.rank == 0:
             self._write(to_step, created, passed)
-        progress = trainer.persistence.reload(to_step, trainer.parts, trainer.identity)
+        trainer.standing.phase = "load"
+        with trainer.meter.pause():
+            progress = trainer.persistence.reload(to_step, trainer.parts, trainer.identity)
         self._avoid(progress, passed)
         trainer.resettle(progress)
 
