@@ -1,0 +1,79 @@
+"""Requests: in one order for all ranks, whoever asks; and how signals become requests, with actions that only note."""
+
+import os
+import signal
+import time
+from typing import NoReturn
+
+import pytest
+import torch.distributed as dist
+
+from components.runtime.gate import Gate
+from components.runtime.interruption import Actions, Interruption
+from components.runtime.requests import OwnRequests, Request, SharedRequests, Wish
+
+SAVE, STOP, DONE = (Request(wish, f"because of {wish}") for wish in (Wish.SAVE, Wish.STOP, Wish.DONE))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_number_has_one_request(shared: bool) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
+    first, second = [SharedRequests(store, rank, 2, 10) for rank in range(2)] if shared else [OwnRequests()] * 2
+    assert first.write(0, SAVE) == SAVE
+    assert second.write(0, STOP) == SAVE
+    assert second.write(1, STOP) == STOP
+    assert [second.wait(0), first.wait(1)] == [SAVE, STOP]
+
+
+def test_ranks_that_lag_are_known() -> None:
+    store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
+    ranks = [SharedRequests(store, rank, 3, 10) for rank in range(3)]
+    ranks[0].reached(7, 2)
+    ranks[2].reached(7, 1)
+    assert ranks[1].stages(7) == [2, 0, 1]
+
+
+@pytest.mark.parametrize(("asked", "there", "met"), [(SAVE, STOP, True), (STOP, SAVE, False), (DONE, SAVE, False)])
+def test_a_stop_saves_too(asked: Request, there: Request, met: bool) -> None:
+    assert asked.met_by(there) == met
+
+
+def leave(code: int) -> NoReturn:
+    raise SystemExit(code)
+
+
+def interruption(saved: list[str]) -> Interruption:
+    actions = Actions(lambda request: saved.append(request.reason), lambda request: 75, leave, lambda: "nowhere")
+    return Interruption(Gate(), None, actions, grace=10, ends_at=None)
+
+
+def test_signals_are_given_back() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    descriptor = signal.set_wakeup_fd(-1)
+    with interruption([]).around() as over:
+        over()
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
+    assert signal.set_wakeup_fd(descriptor) == -1
+
+
+def test_a_save_comes_while_the_main_thread_waits_and_errors_pass_after_it() -> None:
+    saved: list[str] = []
+
+    def fail() -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(0.3)
+        raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine"), interruption(saved).around():
+        fail()
+    assert saved == ["SIGUSR1"]
+
+
+def test_what_comes_after_the_end_is_ignored() -> None:
+    saved: list[str] = []
+    with interruption(saved).around() as over:
+        over()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.2)
+    assert saved == []
