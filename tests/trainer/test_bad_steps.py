@@ -123,6 +123,7 @@ JOBS = {
     "accumulated": (NAN, ROLLBACK, "--training.local_batch_size=4"),
     "accumulated skip": (NAN, SKIP, "--training.local_batch_size=4"),
     "workers": (NAN, ROLLBACK, "--training.dataloader.num_workers=2"),
+    "background": (NAN, ROLLBACK, "--checkpoint.async_mode=async"),
     "early": (NAN, ROLLBACK, *EARLY),
     "early skip": (NAN, SKIP, EARLY[0]),
     "early none yet": (NAN, ROLLBACK, *EARLY, "--checkpoint.interval=500"),
@@ -169,11 +170,11 @@ def test_going_back_ends_as_skipping_does(done: tuple[Path, dict[str, Outcome]])
     assert not all(four[name].equal(six[name]) for name in four)
 
 
-@pytest.mark.parametrize("name", ["accumulated", "workers", "early"])
+@pytest.mark.parametrize("name", ["accumulated", "workers", "background", "early"])
 def test_going_back_however_it_runs(name: str, done: tuple[Path, dict[str, Outcome]]) -> None:
     folder, outcomes = done
     assert outcomes[name].code == 0, outcomes[name].stderr
-    same = folder / ("skip" if name == "workers" else f"{name} skip")
+    same = folder / ("skip" if name in ("workers", "background") else f"{name} skip")
     assert short(folder / name) == [("rolled_back", 5), ("passed_over", 5)]
     assert losses(folder / name) == losses(same)
     assert same_weights(folder / name, same, 8)

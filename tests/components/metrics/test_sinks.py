@@ -242,6 +242,27 @@ def test_tensorboard_drops_what_is_run_again(tmp_path: Path) -> None:
     assert _read(tmp_path, "loss") == [(1, 1.0), (2, 2.0), (3, 0.5)]
 
 
+def test_going_back_drops_what_is_run_again_and_keeps_that_it_was(tmp_path: Path) -> None:
+    lines, board = JsonlSink(tmp_path / "metrics.jsonl", None), TensorBoardSink(tmp_path / "tb", None)
+    for step in (1, 2, 3):
+        lines.log(replace(STEP, step=step))
+        board.log(replace(STEP, step=step, loss=float(step)))
+    lines.note({"event": "skipped_step", "step": 3})
+    lines.note({"event": "rolled_back", "step": 4, "to_step": 2})
+    lines.rewind(2)
+    board.rewind(2)
+    lines.log(replace(STEP, step=3))
+    board.log(replace(STEP, step=3, loss=0.5))
+    lines.close()
+    board.close()
+    found = [(entry.get("event"), entry["step"]) for entry in _entries(tmp_path / "metrics.jsonl")]
+    assert found == [(None, 1), (None, 2), ("rolled_back", 4), (None, 3)]
+    assert _read(tmp_path / "tb", "loss") == [(1, 1.0), (2, 2.0), (3, 0.5)]
+    JsonlSink(tmp_path / "metrics.jsonl", 2).close()
+    found = [(entry.get("event"), entry["step"]) for entry in _entries(tmp_path / "metrics.jsonl")]
+    assert found == [(None, 1), (None, 2), ("rolled_back", 4), ("resume", 2)]
+
+
 @pytest.mark.shows("metrics.enable_wandb")
 def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, Any]] = []
