@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from components.runtime.errors import DataError
 
+MEND = 'mend the record, or skip such records with data.on_bad_record = "skip"'
 Read = Callable[[], str]
 """Parses one record into its text; raises BadRecord."""
 
@@ -56,6 +57,20 @@ class Sequential(Protocol):
         ...
 
 
+@runtime_checkable
+class Placed(Protocol):
+    """A source with random access, or a record of another, that can say where a document stands."""
+
+    def place(self, index: int) -> str:
+        """`file:line` of document `index`; a record knows its own."""
+        ...
+
+
+def place_of(source: object, index: int) -> str:
+    """Where a document stands, for messages."""
+    return source.place(index) if isinstance(source, Placed) else f"document {index} of the dataset, counted from 0"
+
+
 @dataclass(frozen=True)
 class DatasetRequest:
     """What a registered dataset is opened with."""
@@ -76,9 +91,7 @@ class DatasetRequest:
 
 def bad_record(path: Path | str, line: int, column: int, what: str) -> BadRecord:
     """The error for a record; line and column count from 1, columns in characters."""
-    return BadRecord(
-        f'{path}:{line}:{column}: {what}; mend the record, or skip such records with data.on_bad_record = "skip"'
-    )
+    return BadRecord(f"{path}:{line}:{column}: {what}; {MEND}")
 
 
 def decode(raw: bytes, path: Path | str, line: int) -> str:
@@ -108,6 +121,11 @@ def text_of(record: object, field: str, path: Path | str, line: int) -> str:
     if not text.isascii() and any("\ud800" <= x <= "\udfff" for x in text):
         raise bad_record(path, line, 1, f"field {field!r} holds half of a surrogate pair, which is no character")
     return text
+
+
+def shrunk(path: Path | str) -> DataError:
+    """The error for a file that has become shorter since the run began."""
+    return DataError(f"{path}: was truncated or replaced while the run read it; restore the file as it was")
 
 
 def unreadable(path: Path | str, error: OSError) -> DataError:

@@ -75,3 +75,7 @@ class SavedDataset:
     def document(self, index: int) -> str:
         """Text in row `index`. Raises BadRecord."""
         return text_of(self._rows[index], self._field, self._folder, index + 1)
+
+    def place(self, index: int) -> str:
+        """Folder and row."""
+        return f"{self._folder}:{index + 1}"

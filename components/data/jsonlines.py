@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from components.data.documents import Read, bad_record, decode, files_fingerprint, text_of, unreadable
+from components.data.documents import Read, bad_record, decode, files_fingerprint, shrunk, text_of, unreadable
 from components.runtime.errors import DataError
 
 CHUNK = 1 << 22
@@ -43,7 +43,12 @@ class JsonLines:
         path = self._files[int(np.searchsorted(self._ends, index, side="right"))]
         start, stop = (int(x) for x in self._spans[index])
         raw = _slice(path, start, stop)
-        return parse_line(raw, self._field, path, lambda: _slice(path, 0, start).count(b"\n") + 1)
+        return parse_line(raw, self._field, path, lambda: _line(path, start))
+
+    def place(self, index: int) -> str:
+        """File and line of record `index`."""
+        path = self._files[int(np.searchsorted(self._ends, index, side="right"))]
+        return f"{path}:{_line(path, int(self._spans[index][0]))}"
 
 
 class JsonLinesStream:
@@ -62,11 +67,28 @@ class JsonLinesStream:
         try:
             for number, line in enumerate(_lines(_chunks(path)), start=1):
                 if line not in BLANK:
-                    yield partial(parse_line, line, self._field, path, partial(int, number))
+                    yield Line(line, self._field, path, number)
         except OSError as error:
             raise unreadable(path, error) from error
         except (EOFError, zlib.error, _zstd_error()) as error:
             yield partial(_damaged, path, number + 1, str(error))
+
+
+class Line(NamedTuple):
+    """A record that was read but not parsed."""
+
+    raw: bytes
+    field: str
+    path: Path
+    number: int
+
+    def __call__(self) -> str:
+        """Its text. Raises BadRecord."""
+        return parse_line(self.raw, self.field, self.path, lambda: self.number)
+
+    def place(self, index: int) -> str:
+        """File and line."""
+        return f"{self.path}:{self.number}"
 
 
 def parse_line(raw: bytes, field: str, path: Path, number: Callable[[], int]) -> str:
@@ -114,9 +136,17 @@ def _slice(path: Path, start: int, stop: int) -> bytes:
     try:
         with path.open("rb") as file:
             file.seek(start)
-            return file.read(stop - start)
+            raw = file.read(stop - start)
     except OSError as error:
         raise unreadable(path, error) from error
+    if len(raw) < stop - start:
+        raise shrunk(path)
+    return raw
+
+
+def _line(path: Path, start: int) -> int:
+    """Number of the line that begins at byte `start`, from 1."""
+    return _slice(path, 0, start).count(b"\n") + 1
 
 
 def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:

@@ -154,11 +154,11 @@ class Loader:
         if not held:
             held.append(self._torch_loader(workers))
             atexit.register(held.clear)
-        held[1:] = [iter(held[0])]
+        held[1:] = [_started(held[0])]
         end = _end  # a generator may outlive its module's names, when the interpreter exits
         try:
             while True:
-                made = [next(held[1], None) for _ in range(workers)]
+                made = [_next(held[1]) for _ in range(workers)]
                 for error in (x for x in made if isinstance(x, EspalierError)):
                     end(held)  # its traceback holds this frame, so nothing here may hold the workers
                     raise error
@@ -256,6 +256,29 @@ class _WorkerRows(IterableDataset[_Block | EspalierError | None]):
             yield error
             return
         yield None
+
+
+def _started(loader: TorchDataLoader[Any]) -> Iterator[Any]:
+    """Its iterator, with workers. A worker's death is told by `_next` alone: torch would raise it wherever training is
+    when the signal comes, be it in the update of the weights."""
+    before = signal.getsignal(signal.SIGCHLD)
+    iterator = iter(loader)
+    if signal.getsignal(signal.SIGCHLD) is not before:
+        signal.signal(signal.SIGCHLD, before)
+    return iterator
+
+
+def _next(iterator: Iterator[Any]) -> Any:
+    """The next item, or None. Raises DataError if a worker process has died, which shows within 5 s."""
+    try:
+        return next(iterator, None)
+    except RuntimeError as error:
+        if error.__cause__ is None:  # a worker's own error, of which torch makes a new one
+            raise
+        raise DataError(
+            f"a loader worker has been killed ({error}); if memory ran out, lower dataloader.num_workers or"
+            " prefetch_factor; the job goes on from its last checkpoint"
+        ) from error
 
 
 def _end(held: list[Any], unregister: Callable[[Callable[[], None]], None] = atexit.unregister) -> None:

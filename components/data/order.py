@@ -9,14 +9,14 @@ to version, but not what `Generator.permutation` makes of them.
 """
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from components.data.documents import RandomAccess, Read, Sequential
+from components.data.documents import RandomAccess, Read, Sequential, place_of
 from components.runtime.errors import DataError
 
 ORDER, SYNTHETIC = 0, 1  # last counter word of Philox: what the numbers are drawn for
@@ -37,11 +37,12 @@ def permutation(seed: int | None, epoch: int, window: int, count: int) -> np.nda
 
 
 class Document(NamedTuple):
-    """One document in its place; `read` gives its text or raises BadRecord."""
+    """One document in its place; `read` gives its text or raises BadRecord, `where` says in which file and line."""
 
     epoch: int
     position: int
     read: Read
+    where: Callable[[], str]
 
 
 class Place(NamedTuple):
@@ -84,7 +85,8 @@ class RandomDeal:
         while self._epochs is None or epoch < self._epochs:
             while position < count:
                 index = int(self._order(epoch)[position])
-                yield Document(epoch, position, partial(self._source.document, index))
+                where = partial(place_of, self._source, index)
+                yield Document(epoch, position, partial(self._source.document, index), where)
                 position += self.streams
             epoch, position = epoch + 1, position - count
 
@@ -137,7 +139,7 @@ class WindowedDeal:
             for record in self._pass(epoch, start):
                 stream = (count + shift) % self.streams
                 if stream in places and places[stream] <= (epoch, count):
-                    yield stream, Document(epoch, count, record)
+                    yield stream, Document(epoch, count, record, partial(place_of, record, count))
                 count += 1
             if count > start:
                 epoch, start, shift = epoch + 1, 0, (shift + count) % self.streams

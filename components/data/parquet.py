@@ -5,7 +5,8 @@ a corpus far larger than the bound decodes about one row group per document: sma
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,24 +38,35 @@ class Parquet:
         return int(self._ends[-1])
 
     def document(self, index: int) -> str:
-        """Text in row `index`, counted over all files. Raises BadRecord if it is null."""
-        group = int(np.searchsorted(self._ends, index, side="right"))
-        row = index - (int(self._ends[group - 1]) if group else 0)
-        text = self._column(group)[row].as_py()
+        """Text in row `index`, counted over all files. Raises BadRecord if it is null or not UTF-8."""
+        group, row = self._find(index)
+        path, line = self._groups[group][0], int(self._first_row[group]) + row + 1
+        try:
+            text = self._column(group)[row].as_py()
+        except UnicodeDecodeError as error:
+            what = f"column {self._field!r} is not UTF-8 (byte 0x{error.object[error.start]:02x})"
+            raise bad_record(path, line, 1, what) from error
         if text is None:
-            line = int(self._first_row[group]) + row + 1
-            raise bad_record(self._files_of(group), line, 1, f"column {self._field!r} is null in this row")
+            raise bad_record(path, line, 1, f"column {self._field!r} is null in this row")
         return text
 
-    def _files_of(self, group: int) -> Path:
-        return self._groups[group][0]
+    def place(self, index: int) -> str:
+        """File and row of a document."""
+        group, row = self._find(index)
+        return f"{self._groups[group][0]}:{int(self._first_row[group]) + row + 1}"
+
+    def _find(self, index: int) -> tuple[int, int]:
+        """Row group of a document, and its row in there."""
+        group = int(np.searchsorted(self._ends, index, side="right"))
+        return group, index - (int(self._ends[group - 1]) if group else 0)
 
     def _column(self, group: int) -> Any:
         """The text column of a row group, as an Arrow array."""
         if group not in self._cache:
             path, number = self._groups[group]
             # No threads: this also runs in forked workers, which do not inherit Arrow's pool.
-            table = _open(path).read_row_group(number, columns=[self._field], use_threads=False)
+            with _readable(path):
+                table = _open(path).read_row_group(number, columns=[self._field], use_threads=False)
             self._cache[group] = table.column(0)
             while len(self._cache) > 1 and sum(x.nbytes for x in self._cache.values()) > CACHE_BYTES:
                 self._cache.popitem(last=False)
@@ -63,17 +75,24 @@ class Parquet:
 
 
 def _open(path: Path) -> Any:
-    import pyarrow
     import pyarrow.parquet
 
-    try:
+    with _readable(path):
         return pyarrow.parquet.ParquetFile(path)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Raises DataError for what Arrow raises over a file that has gone or is damaged."""
+    import pyarrow
+
+    try:
+        yield
     except OSError as error:
         raise unreadable(path, error) from error
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(
-            f"{path}: not a Parquet file, or damaged ({str(error).splitlines()[0]}); write it again"
-        ) from error
+    except (pyarrow.ArrowException, IndexError) as error:  # IndexError: of fewer row groups than before
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{path}: not a Parquet file, or damaged ({reason}); write it again") from error
 
 
 def _row_groups(path: Path, field: str) -> list[int]:

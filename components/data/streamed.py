@@ -7,13 +7,13 @@ token is ever saved. Packing whole documents by best fit was rejected: a cursor 
 """
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from components.data.documents import BadRecord
+from components.data.documents import MEND, BadRecord
 from components.data.order import Deal, Document, Place
 from components.data.rows import Cursor, Ending, Row, make_row
 from components.data.tokenizer import Tokenizer
@@ -109,13 +109,21 @@ class StreamedRows:
     def _tokens(self, document: Document) -> np.ndarray:
         """Tokens of a document with its begin and end; none if it cannot be read. # (tokens,) int64"""
         try:
-            text = document.read()
+            ids = self._encode(document.read(), document.where)
         except BadRecord as error:
             if not (self._skip_bad or error.harmless):
                 raise
             self.skipped += 1
             return np.empty(0, np.int64)
-        return np.array([*self._bos, *self._tokenizer.encode(text), *self._eos], np.int64)
+        return np.array([*self._bos, *ids, *self._eos], np.int64)
+
+    def _encode(self, text: str, where: Callable[[], str]) -> list[int]:
+        """Ids of a text. Raises BadRecord where the tokenizer fails."""
+        try:
+            return self._tokenizer.encode(text)
+        except Exception as error:  # the library raises bare Exception, and a tokenizer of the user's whatever it likes
+            what = f"the tokenizer fails on this document ({type(error).__name__}: {error})"
+            raise BadRecord(f"{where()}: {what}; {MEND}") from error
 
     def _row(self, held: deque[_Piece]) -> Row:
         """The next row, from up to seq + 1 of the tokens held."""

@@ -24,3 +24,7 @@ class TextFiles:
             return decode(path.read_bytes(), path, 1)
         except OSError as error:
             raise unreadable(path, error) from error
+
+    def place(self, index: int) -> str:
+        """The file's first line."""
+        return f"{self._files[index]}:1"

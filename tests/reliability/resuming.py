@@ -102,6 +102,7 @@ def record(argv: list[str], environ: dict[str, str]) -> list[tuple[Step, dict[in
                 for j in range(len(rows.cursors))
             }
             values = super().train_step(rows)
+            assert values is not None
             step = Step(self.progress.step, float(values.loss), float(values.grad_norm), self.progress.tokens, ())
             told.append((step, digests))
             return values
