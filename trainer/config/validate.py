@@ -274,6 +274,11 @@ def _checkpoint(job: JobConfig) -> Problems:
     for part in job.checkpoint.exclude_from_loading:
         if part not in LOADABLE:
             yield f"checkpoint.exclude_from_loading = {toml_literal(part)}: must be out of {', '.join(LOADABLE)}"
+    if job.checkpoint.resume == "never" and job.checkpoint.load_step != -1:
+        yield (
+            f'checkpoint.resume = "never": nothing in checkpoint.folder is loaded, but checkpoint.load_step is'
+            f' {job.checkpoint.load_step}; leave that out, or set this to "auto" or "must"'
+        )
     if job.checkpoint.create_seed_checkpoint:
         yield from _seed(job.checkpoint)
 
@@ -288,6 +293,8 @@ def _seed(checkpoint: Checkpoint) -> Problems:
     if checkpoint.initial_load_path is not None:
         shown = toml_literal(checkpoint.initial_load_path)
         yield f"{key} a seed holds fresh weights, not those of checkpoint.initial_load_path = {shown}; leave one out"
+    if checkpoint.resume == "must":
+        yield f'{key} a seed is the first checkpoint, but checkpoint.resume = "must" wants one; set that to "auto"'
     if checkpoint.load_step != -1:
         yield f"{key} nothing is loaded, but checkpoint.load_step is {checkpoint.load_step}; leave one out"
 
