@@ -158,7 +158,6 @@ class Persistence:
         verify = self.config.verify
         load_hf(path, parts.weights, self._adapter, self._args, self.store.ranks, verify=verify)
         parts.equalize()
-        logger.info("loaded the Hugging Face weights in '%s'", path)
 
     def newest(self) -> int | None:
         """The step of the newest whole checkpoint of this run's own that a running job can go back to, with everything
