@@ -18,8 +18,9 @@ class Checkpoint:
     """Folder inside `dump_folder` that holds the `step-N` folders, or a URL of any storage that fsspec knows
     (`s3://bucket/name`): what has no atomic rename is committed by writing the manifest last."""
     resume: Literal["auto", "must", "never"] = "auto"
-    """auto: from the latest valid checkpoint, past broken ones with a warning, and from nothing if there is none; must:
-    stop if there is none, or if the latest is broken; never: a new course, and what is in `folder` is set aside."""
+    """auto: from the latest valid checkpoint in `folder`, past broken ones with a warning, and from `initial_load_path`
+    or nothing if there is none; must: stop if there is none in `folder`, or if the latest is broken; never: a new
+    course, what is in `folder` is set aside. A restart by torchrun goes on from the new course's checkpoints."""
     verify: Literal["hashes", "sizes"] = "hashes"
     """What is checked of a checkpoint before it is loaded: every byte, or only that its files have their sizes."""
     interval: PositiveInt = 500
