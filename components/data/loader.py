@@ -297,7 +297,9 @@ def _calm(_: int) -> None:
     Schedulers signal every process of a job. SIGTERM is obeyed only from the training process; Python tells who sent a
     signal only where `sigwaitinfo` exists, so elsewhere (macOS) SIGTERM keeps its meaning.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.set_wakeup_fd(-1)  # it is the training process's, which would take a signal to this one for its own
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_obey_parent, daemon=True).start()

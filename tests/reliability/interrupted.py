@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,12 +32,16 @@ JOB = (
 
 @dataclass(frozen=True)
 class Shot:
-    """A signal, once all of the marks are there and so many seconds have passed."""
+    """A signal, once all of the marks are there and so many seconds have passed.
+
+    `tree`: to the ranks' child processes too, as schedulers do.
+    """
 
     number: signal.Signals
     ranks: tuple[int, ...]
     marks: tuple[str, ...] = ()
     delay: float = 0.05
+    tree: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,8 @@ class Ended:
     err: str
     seconds: float
     """Since the last shot."""
+    children: tuple[int, ...]
+    """Process ids of its children at the last shot."""
 
 
 def interrupt(
@@ -66,8 +73,9 @@ def _supervise(
 ) -> list[Ended]:
     os.environ.update(environ, WORLD_SIZE=str(ranks))
     pids = [_fork(rank, folder, argv) for rank in range(ranks)]
+    children: list[tuple[int, ...]] = [()] * ranks
     for shot in shots:
-        _shoot(shot, pids, folder)
+        children = _shoot(shot, pids, folder)
     begin, ended, deadline = time.monotonic(), {}, time.monotonic() + 60
     while len(ended) < ranks:
         for rank, pid in enumerate(pids):
@@ -78,18 +86,21 @@ def _supervise(
             found, status = os.waitpid(pid, os.WNOHANG)
             if found:
                 text = (folder / f"{rank}.err").read_text()
-                ended[rank] = Ended(os.waitstatus_to_exitcode(status), text, time.monotonic() - begin)
+                ended[rank] = Ended(os.waitstatus_to_exitcode(status), text, time.monotonic() - begin, children[rank])
         time.sleep(0.01)
     return [ended[rank] for rank in range(ranks)]
 
 
-def _shoot(shot: Shot, pids: Sequence[int], folder: Path) -> None:
+def _shoot(shot: Shot, pids: Sequence[int], folder: Path) -> list[tuple[int, ...]]:
     deadline = time.monotonic() + 40
     while not all((folder / mark).exists() for mark in shot.marks) and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(shot.delay)
+    children = [tuple(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())) for pid in pids]
     for rank in shot.ranks:
-        os.kill(pids[rank], shot.number)
+        for pid in (*children[rank], pids[rank]) if shot.tree else (pids[rank],):
+            os.kill(pid, shot.number)
+    return children
 
 
 def _fork(rank: int, folder: Path, argv: list[str]) -> int:
@@ -108,9 +119,10 @@ def _rank(rank: int, folder: Path, argv: list[str]) -> NoReturn:
     code = 1
     try:
         code = main(argv, os.environ)
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        if int(os.environ["WORLD_SIZE"]) > 1:
-            leave(code)
-        os._exit(code)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if int(os.environ["WORLD_SIZE"]) > 1:
+        leave(code)
+    os._exit(code)

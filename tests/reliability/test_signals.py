@@ -182,3 +182,17 @@ def test_a_stop_in_the_last_save_finds_nothing_left_to_do(tmp_path: Path) -> Non
 def test_without_checkpoints_a_signal_keeps_its_meaning(tmp_path: Path) -> None:
     ended = interrupt(1, tmp_path, ("--checkpoint.load_only",), [Shot(TERM, (0,), HELD)], HOLD="data 3 inf 0")
     assert codes(ended) == [-TERM], said(ended)
+
+
+def test_worker_processes_leave_signals_to_the_rank_and_end_with_it(tmp_path: Path) -> None:
+    """SIGUSR1 and SIGTERM reach each process of the job, as from a scheduler: one save, one stop, nobody left."""
+    shots = [Shot(USR1, (0,), ("0.data",), tree=True), Shot(TERM, (0,), ("checkpoint/step-2",), tree=True)]
+    workers = ("--training.dataloader.num_workers=2",)
+    [ended] = interrupt(1, tmp_path, workers, shots, HOLD="data 3 inf 0")
+    assert ended.code == 75, ended.err
+    assert [(event["event"], event["step"]) for event in events(tmp_path)] == [("saved_on_signal", 2), ("stopped", 2)]
+    assert len(ended.children) == 2
+    end = time.monotonic() + 5
+    while any(Path(f"/proc/{pid}").exists() for pid in ended.children) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not [pid for pid in ended.children if Path(f"/proc/{pid}").exists()]
