@@ -276,7 +276,7 @@ def _checkpoint(job: JobConfig) -> Problems:
             yield f"checkpoint.exclude_from_loading = {toml_literal(part)}: must be out of {', '.join(LOADABLE)}"
     if job.checkpoint.resume == "never" and job.checkpoint.load_step != -1:
         yield (
-            f'checkpoint.resume = "never": nothing in checkpoint.folder is loaded, but checkpoint.load_step is'
+            'checkpoint.resume = "never": nothing in checkpoint.folder is loaded, but checkpoint.load_step is'
             f' {job.checkpoint.load_step}; leave that out, or set this to "auto" or "must"'
         )
     if job.checkpoint.create_seed_checkpoint:
