@@ -62,7 +62,7 @@ def train(argv: list[str], environ: MutableMapping[str, str]) -> int:
     from trainer.stopping import interruptible
 
     if "TORCHELASTIC_RUN_ID" in environ:
-        end_with_parent()
+        end_with_parent(environ)
     freeze_registries()
     with explained():
         trainer = trainer_class(resolved)(resolved, environ)

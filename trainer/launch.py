@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from components.runtime.orphans import LAUNCHER
 from trainer.environment import count
 from trainer.guard import guard_rooms
 from trainer.run_folder import STARTED, VARIABLE, RunFolder, start_time
@@ -62,7 +63,7 @@ def run_workers(argv: list[str], environ: MutableMapping[str, str], processes: i
     """
     patience = shutdown_seconds(argv, environ)
     with tempfile.TemporaryDirectory(prefix="espalier-", ignore_cleanup_errors=True) as path:
-        environ[VARIABLE] = path
+        environ[VARIABLE], environ[LAUNCHER] = path, str(os.getpid())
         environ[STARTED] = str(start_time(environ))
         folder = RunFolder(path)
         pass_on(folder)
