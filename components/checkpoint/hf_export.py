@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from components.checkpoint.contents import read_files
 from components.checkpoint.hf_config import CONFIG, Adapter
@@ -27,7 +28,7 @@ from components.checkpoint.manifest import FileEntry, Manifest, read_manifest, r
 from components.checkpoint.names import Table
 from components.checkpoint.ranks import Ranks, describe
 from components.checkpoint.safetensors import FLOATS, INDEX, SINGLE, item_bytes, render_header
-from components.checkpoint.storage import Folder, Storage, write_file
+from components.checkpoint.storage import Folder, HashedFile, Storage, write_file
 from components.checkpoint.tensors import Index
 from components.runtime.errors import CheckpointError
 from components.runtime.logging import logger
@@ -156,10 +157,14 @@ def _write_shard(folder: Folder, shard: Shard, weights: TheirWeights, words: str
     with folder.create(shard.name) as file:
         file.write(render_header(shard.tensors, words))
         for name, _ in shard.tensors:
-            raw = weights.read(name).view(-1).view(torch.uint8).numpy().data
-            for start in range(0, len(raw), _CHUNK):
-                file.write(raw[start : start + _CHUNK])
+            _write_raw(file, weights.read(name))
     return file.entry
+
+
+def _write_raw(file: HashedFile, tensor: Tensor) -> None:
+    raw = tensor.view(-1).view(torch.uint8).numpy().data
+    for start in range(0, len(raw), _CHUNK):
+        file.write(raw[start : start + _CHUNK])
 
 
 def _write_small(folder: Folder, small: Mapping[str, bytes], assets: str | None) -> list[FileEntry]:

@@ -20,7 +20,7 @@ from components.checkpoint.links import Link, Shape, Span
 from components.checkpoint.manifest import MANIFEST, read_manifest
 from components.checkpoint.names import Table
 from components.checkpoint.ranks import Ranks
-from components.checkpoint.safetensors import FLOATS, Place, Places, item_bytes, read_places, some
+from components.checkpoint.safetensors import FLOATS, Place, Places, item_bytes, read_into, read_places, some
 from components.checkpoint.storage import Folder, open_folder, open_storage
 from components.checkpoint.verifying import Verifier, Verify
 from components.runtime.errors import CheckpointError
@@ -28,7 +28,6 @@ from components.runtime.logging import logger
 
 _MAX_CONFIG = 1 << 20
 _MIN_RUN = 4096  # shorter runs of bytes are read with what lies between them: a page of the disk's cache
-_CHUNK = 64 << 20
 
 
 def load_hf(
@@ -187,7 +186,8 @@ def _read_box(file: BinaryIO, place: Place, starts: list[int], counts: list[int]
         first = sum((start + i) * stride for start, i, stride in zip(read_starts, at, strides, strict=False))
         first += sum(start * stride for start, stride in zip(read_starts[outer:], strides[outer:], strict=True))
         file.seek(place.start + first * item_bytes(place.dtype))
-        _read_into(file, raw[number * run : (number + 1) * run], place.file)
+        if read_into(file, raw[number * run : (number + 1) * run]) < run:
+            raise CheckpointError(f"{place.file} ended before its last tensor")
     inner = (slice(a - b, a - b + count) for a, b, count in zip(starts, read_starts, counts, strict=True))
     return box[tuple(inner)]
 
@@ -203,13 +203,3 @@ def _runs(place: Place, starts: list[int], counts: list[int]) -> tuple[int, list
             return dim, starts, counts
         starts[dim], counts[dim] = 0, place.shape[dim]
     return 0, starts, counts
-
-
-def _read_into(file: BinaryIO, raw: memoryview, name: str) -> None:
-    at = 0
-    while at < len(raw):
-        found = file.read(min(_CHUNK, len(raw) - at))
-        if not found:
-            raise CheckpointError(f"{name} ended before its last tensor")
-        raw[at : at + len(found)] = found
-        at += len(found)

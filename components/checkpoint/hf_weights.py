@@ -9,6 +9,7 @@ from torch import Tensor
 
 from components.checkpoint.links import Link
 from components.checkpoint.names import Table
+from components.checkpoint.safetensors import read_into
 from components.checkpoint.storage import Folder
 from components.checkpoint.tensors import Index, Piece, TensorEntry
 from components.runtime.errors import CheckpointError
@@ -44,7 +45,7 @@ class TheirWeights:
         values = self._piece(cut.ours, number)[tuple(span.slice for span in cut.our_part)]
         target = whole[tuple(span.slice for span in cut.their_part)]
         target.copy_(values.reshape(target.shape))
-        if (target.isinf() & values.reshape(target.shape).isfinite()).any():
+        if values.dtype != target.dtype and target.isinf().any() and target.isinf().sum() != values.isinf().sum():
             raise CheckpointError(
                 f"{cut.theirs} has values that {self._dtype} cannot hold: set checkpoint.export_dtype to a wider type"
             )
@@ -77,12 +78,11 @@ class _Section(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: memoryview) -> int:  # pyrefly: ignore[bad-override]  # no buffer type in Python 3.11
-        view = memoryview(buffer).cast("B")
+        view = memoryview(buffer).cast("B")[: max(0, self._length - self._at)]
         self._file.seek(self._start + self._at)
-        found = self._file.read(min(len(view), max(0, self._length - self._at)))
-        view[: len(found)] = found
-        self._at += len(found)
-        return len(found)
+        found = read_into(self._file, view)
+        self._at += found
+        return found
 
 
 def read_piece(folder: Folder, entry: TensorEntry, piece: Piece) -> Tensor:

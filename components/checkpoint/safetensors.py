@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 from components.checkpoint.storage import Folder
 from components.runtime.errors import CheckpointError
@@ -183,3 +183,14 @@ def _are_counts(value: Any, at_most: int) -> bool:
     if not isinstance(value, list) or len(value) > at_most:
         return False
     return all(type(number) is int and 0 <= number < 1 << 63 for number in value)
+
+
+def read_into(file: BinaryIO, buffer: memoryview) -> int:
+    """Fill the buffer from where the file stands, without a copy in between; bytes read, fewer only at its end."""
+    at = 0
+    while at < len(buffer):
+        count = file.readinto(buffer[at:])  # pyrefly: ignore[missing-attribute]  # not in BinaryIO
+        if not count:
+            break
+        at += count
+    return at
