@@ -56,10 +56,6 @@ REFUSED = {
         (SAVES, "--checkpoint.last_save_in_hf"),
         "true: not yet supported: Hugging Face weights cannot be written yet; set it to false",
     ),
-    "checkpoint.async_mode": (
-        (SAVES, "--checkpoint.async_mode=async"),
-        '"async": not yet supported: saving in the background is not there yet; set it to "disabled"',
-    ),
 }
 """Key → arguments that make it live, and how it is refused then."""
 

@@ -63,11 +63,6 @@ UNSUPPORTED = (
         lambda job: job.checkpoint.enable and job.checkpoint.last_save_in_hf,
         "Hugging Face weights cannot be written yet; set it to false",
     ),
-    Unsupported(
-        "checkpoint.async_mode",
-        lambda job: job.checkpoint.enable and job.checkpoint.async_mode != "disabled",
-        'saving in the background is not there yet; set it to "disabled"',
-    ),
 )
 
 

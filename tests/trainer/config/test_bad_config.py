@@ -210,11 +210,6 @@ FILES: dict[str, tuple[str, ...]] = {
         'a.toml:2: checkpoint.exclude_from_loading = "optimizers": must be out of model, optimizer, lr_scheduler,'
         " dataloader, train_state, rng",
     ),
-    "background saves": (
-        "[checkpoint]\nenable = true\nasync_mode = 'async'\n",
-        'a.toml:3: checkpoint.async_mode = "async": not yet supported: saving in the background is not there yet; set'
-        ' it to "disabled"',
-    ),
 }
 
 
