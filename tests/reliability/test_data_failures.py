@@ -173,6 +173,7 @@ def test_all_ranks_end_and_the_job_goes_on(breaks: str, tmp_path: Path) -> None:
         "--checkpoint.enable",
         "--checkpoint.interval=1",
         "--data.shuffle=false",
+        f"--training.dataset_path={write_lines(tmp_path / 'x.jsonl', texts(400))}",
     )
 
     def job(name: str, breaks: str) -> tuple[int, str]:

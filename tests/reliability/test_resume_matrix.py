@@ -32,7 +32,7 @@ SLOW = (
     (MOE, "fsdp=2 ep=2", "fsdp=4", ""),
     (MOE, "fsdp=4 ep=4", "tp=2 ep=2", ""),
     (MOE, "fsdp=4 ep=4", "fsdp=2 cp=2 ep=2", "accumulate"),
-    (MOE, "tp=2 etp=2", "ddp=2 fsdp=2 ep=4", "workers"),
+    (MOE, "tp=2 etp=2", "ddp=2 fsdp=2 ep=2", "workers"),
     (MOE, "fsdp=2 tp=2 cp=2 ep=4", "", ""),
     (MOE, "fsdp=2 tp=2 cp=2 ep=4", "tp=2 pp=2 ep=2", ""),
 )
