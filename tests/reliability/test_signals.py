@@ -16,6 +16,7 @@ from tests.trainer.runs import facts, records
 TERM, INT, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
 VALIDATING = ("--validation.enable", "--validation.freq=2", "--validation.steps=1", "--validation.dataset=c4_test")
 HELD = ("held0",)
+SLOW = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -50,46 +51,70 @@ def saved(folder: Path) -> list[int]:
     return [step for step in store.steps() if not store.verify(step)]
 
 
+ASYNC = ("--checkpoint.interval=2", "--checkpoint.async_mode=async")
 PHASES = {
-    # phase: where it stands, for how many seconds, the arguments, the step that is saved
-    "first step": ("compute 1 inf", (), 0),
-    "forward": ("compute 3 inf", (), 2),
-    "data": ("data 4 inf", (), 3),
-    "validation": ("validation 2 inf", VALIDATING, 4),
-    "optimizer": ("step 3 1", (), 3),
-    "save": ("save 1 1", ("--checkpoint.interval=3",), 3),
+    # phase: where the last rank stands and for how many seconds, the arguments, the steps that are saved
+    "first step": ("compute 1 inf", (), [0]),
+    "forward": ("compute 3 inf", (), [2]),
+    "data": ("data 4 inf", (), [3]),
+    "validation": ("validation 2 inf", VALIDATING, [4]),
+    "optimizer": ("step 3 1", (), [3]),
+    "save": ("save 1 1", ("--checkpoint.interval=3",), [3]),
+    "in backward": ("compute 3 1", (), [3]),
+    "background save": ("save 1 2 {rank} data 4 inf", ASYNC, [2, 3]),
 }
-SLOW = pytest.mark.slow
+
+
+def stop_and_go_on(phase: str, ranks: int, folder: Path, *arguments: str) -> None:
+    """Stop the job in that phase, look at what it leaves, and let it go on to its end."""
+    hold, more, steps = PHASES[phase]
+    last = ranks - 1
+    marks = tuple(f"{last}.{word}" for word in hold.split() if word.isalpha() and word != "inf")
+    shot = Shot(TERM, tuple(range(ranks)), marks, delay=0.2)
+    where = f"{hold.format(rank=last)} {last}"
+    ended = interrupt(ranks, folder, (*arguments, *more), [shot], HOLD=where)
+    assert codes(ended) == [75] * ranks, said(ended)
+    assert saved(folder) == steps
+    assert events(folder)[-1] == {"event": "stopped", "step": steps[-1], "reason": "SIGTERM"}
+    assert [record["step"] for record in records(folder)] == list(range(1, steps[-1] + 1))
+    assert "Traceback" not in said(ended)
+    assert "error" not in said(ended)
+    assert codes(interrupt(ranks, folder, arguments)) == [0] * ranks
 
 
 @pytest.mark.parametrize(
     ("phase", "ranks"),
     [
-        *((phase, 1) for phase in PHASES),
+        ("first step", 1),
+        pytest.param("forward", 1, marks=SLOW),
+        pytest.param("data", 1, marks=SLOW),
+        ("validation", 1),
+        ("optimizer", 1),
+        pytest.param("save", 1, marks=SLOW),
+        pytest.param("background save", 1, marks=SLOW),
         pytest.param("first step", 2, marks=SLOW),
         pytest.param("forward", 2, marks=SLOW),
         ("data", 2),
         pytest.param("validation", 2, marks=SLOW),
         pytest.param("optimizer", 2, marks=SLOW),
-        ("save", 2),
+        pytest.param("save", 2, marks=SLOW),
+        ("background save", 2),
     ],
 )
 def test_sigterm_in_each_phase_ends_in_a_checkpoint(
     phase: str, ranks: int, whole: dict[int, list[dict[str, float]]], tmp_path: Path
 ) -> None:
     """The last rank stands still; where there is another, that one waits for it in a collective."""
-    hold, arguments, step = PHASES[phase]
-    last = ranks - 1
-    shot = Shot(TERM, tuple(range(ranks)), (f"held{last}",), delay=0.2)
-    ended = interrupt(ranks, tmp_path, arguments, [shot], HOLD=f"{hold} {last}")
-    assert codes(ended) == [75] * ranks, said(ended)
-    assert saved(tmp_path) == [step]
-    assert events(tmp_path)[-1] == {"event": "stopped", "step": step, "reason": "SIGTERM"}
-    assert [record["step"] for record in records(tmp_path)] == list(range(1, step + 1))
-    assert "Traceback" not in said(ended)
-    assert "error" not in said(ended)
-    assert codes(interrupt(ranks, tmp_path, ())) == [0] * ranks
+    stop_and_go_on(phase, ranks, tmp_path)
     assert [facts(record) for record in records(tmp_path)] == whole[ranks]
+
+
+@SLOW
+def test_a_step_in_backward_is_finished_first(tmp_path: Path) -> None:
+    early = ("--optimizer.early_step_in_backward", "--training.max_norm=inf")
+    assert codes(interrupt(1, tmp_path / "whole", early)) == [0]
+    stop_and_go_on("in backward", 1, tmp_path / "run", *early)
+    assert [facts(r) for r in records(tmp_path / "run")] == [facts(r) for r in records(tmp_path / "whole")]
 
 
 def test_one_rank_is_told_and_all_stop(tmp_path: Path) -> None:
