@@ -182,12 +182,13 @@ def _copy(path: Path, folder: Folder) -> FileEntry:
 
 def _commit(target: Storage, temporary: Folder, name: str, manifest: Manifest, ranks: Ranks, what: str) -> None:
     def commit() -> str:
-        aside = ""
-        if target.exists(name):
-            if _is_same(target.folder(name), manifest):
-                target.discard(temporary)
-                return ""
-            aside = target.set_aside(name, "superseded")
+        there = _there(target, name)
+        if there and (there.kind, there.files) == (manifest.kind, manifest.files):  # as far as manifest and sizes say
+            target.discard(temporary)
+            return ""
+        if there and there.kind != "hf":
+            raise CheckpointError(f"it is a {there.kind} checkpoint: set checkpoint.export_folder to another folder")
+        aside = target.set_aside(name, "superseded") if target.exists(name) else ""
         target.commit(temporary, name, render(manifest))
         return aside
 
@@ -195,13 +196,12 @@ def _commit(target: Storage, temporary: Folder, name: str, manifest: Manifest, r
         logger.warning("'%s/%s' was another export: it is now '%s'", target.path, name, aside)
 
 
-def _is_same(folder: Folder, manifest: Manifest) -> bool:
-    """Whether an export holds just these files, as far as its manifest and their sizes say."""
+def _there(target: Storage, name: str) -> Manifest | None:
+    """What of that name is there already; None for nothing, or nothing valid."""
     try:
-        there = read_manifest(folder)
+        return read_manifest(target.folder(name)) if target.exists(name) else None
     except CheckpointError:
-        return False
-    return (there.kind, there.files) == (manifest.kind, manifest.files)
+        return None
 
 
 def _discard(target: Storage, temporary: Folder) -> None:

@@ -47,14 +47,15 @@ REFUSED = {
         ("--memory_estimation.enable",),
         "true: not yet supported: the dry run takes its place: COMM_MODE=fake_backend ./run_train.sh; set it to false",
     ),
-    "checkpoint.initial_load_in_hf": (
-        (SAVES, "--checkpoint.initial_load_in_hf"),
-        "true: not yet supported: Hugging Face weights cannot be read yet; start from a checkpoint of Espalier's, or"
-        " set it to false",
-    ),
-    "checkpoint.last_save_in_hf": (
-        (SAVES, "--checkpoint.last_save_in_hf"),
-        "true: not yet supported: Hugging Face weights cannot be written yet; set it to false",
+    "checkpoint.initial_load_in_hf_quantized": (
+        (
+            SAVES,
+            "--checkpoint.initial_load_in_hf",
+            "--checkpoint.initial_load_path=x",
+            "--checkpoint.initial_load_in_hf_quantized",
+        ),
+        "true: not yet supported: quantized weights cannot be read yet; convert them to bfloat16 first, and set it to"
+        " false",
     ),
 }
 """Key → arguments that make it live, and how it is refused then."""
@@ -80,10 +81,6 @@ SETTINGS: dict[str, tuple[tuple[str, ...], str]] = {
     "quantize.grouped_mm.mx.fqns": ((MX_EXPERTS,), "converter quantize.grouped_mm.mx is not listed"),
     "model.print_after_conversion": ((FLOAT8,), "model.converters is empty"),
     "checkpoint.enable_ft_dataloader_checkpoints": ((SAVES, *FAULTS), "checkpoint.enable is false"),
-    "checkpoint.initial_load_in_hf_quantized": (
-        (SAVES, "--checkpoint.initial_load_in_hf"),
-        "checkpoint.enable is false",
-    ),
     **{
         f"fault_tolerance.{name}": (FAULTS, "fault_tolerance.enable is false")
         for name in (

@@ -44,6 +44,10 @@ def _by_op(job: JobConfig) -> bool:
     return recompute.mode == "selective" and recompute.selective_ac_option == "op"
 
 
+def _exports(job: JobConfig) -> bool:
+    return job.checkpoint.last_save_in_hf or job.checkpoint.export_interval > 0
+
+
 INACTIVE = (
     *(_without(name) for name in CONVERTERS),
     Inactive(
@@ -54,7 +58,7 @@ INACTIVE = (
     Inactive(
         tuple(
             f"checkpoint.{k}"
-            for k in ("interval", "keep_latest_k", "enable_first_step_checkpoint", "last_save_", "export_dtype")
+            for k in ("interval", "keep_latest_k", "enable_first_step_checkpoint", "last_save_", "export_")
         ),
         lambda job: job.checkpoint.load_only,
         "checkpoint.load_only saves nothing",
@@ -76,8 +80,13 @@ INACTIVE = (
     ),
     Inactive(
         ("checkpoint.export_dtype",),
-        lambda job: not (job.checkpoint.last_save_model_only or job.checkpoint.last_save_in_hf),
-        "no save is model-only: checkpoint.last_save_model_only is false",
+        lambda job: not (job.checkpoint.last_save_model_only or _exports(job)),
+        "no save is model-only and nothing is exported: checkpoint.last_save_model_only is false",
+    ),
+    Inactive(
+        ("checkpoint.export_folder",),
+        lambda job: not _exports(job),
+        "nothing is exported: checkpoint.last_save_in_hf is false and export_interval is 0",
     ),
     Inactive(
         ("checkpoint.enable_ft_dataloader_checkpoints",),

@@ -54,14 +54,11 @@ UNSUPPORTED = (
         "the dry run takes its place: COMM_MODE=fake_backend ./run_train.sh; set it to false",
     ),
     Unsupported(
-        "checkpoint.initial_load_in_hf",
-        lambda job: job.checkpoint.enable and job.checkpoint.initial_load_in_hf,
-        "Hugging Face weights cannot be read yet; start from a checkpoint of Espalier's, or set it to false",
-    ),
-    Unsupported(
-        "checkpoint.last_save_in_hf",
-        lambda job: job.checkpoint.enable and job.checkpoint.last_save_in_hf,
-        "Hugging Face weights cannot be written yet; set it to false",
+        "checkpoint.initial_load_in_hf_quantized",
+        lambda job: (
+            job.checkpoint.enable and job.checkpoint.initial_load_in_hf and job.checkpoint.initial_load_in_hf_quantized
+        ),
+        "quantized weights cannot be read yet; convert them to bfloat16 first, and set it to false",
     ),
 )
 

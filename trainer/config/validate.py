@@ -6,6 +6,7 @@ cannot do is its arguments' (`ModelArgs.problems`), and what the machine lacks i
 """
 
 import math
+import posixpath
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import PurePath
@@ -281,6 +282,30 @@ def _checkpoint(job: JobConfig) -> Problems:
         )
     if job.checkpoint.create_seed_checkpoint:
         yield from _seed(job.checkpoint)
+    if job.checkpoint.enable:
+        yield from _hugging_face(job.checkpoint)
+
+
+def _hugging_face(checkpoint: Checkpoint) -> Problems:
+    key = "checkpoint.initial_load_in_hf = true:"
+    if checkpoint.initial_load_in_hf and checkpoint.initial_load_path is None:
+        yield f"{key} checkpoint.initial_load_path does not say where the weights are; set it, or this to false"
+    if checkpoint.initial_load_in_hf and not checkpoint.initial_load_model_only:
+        yield f"{key} nothing but weights is there, so checkpoint.initial_load_model_only cannot be false; leave it out"
+    if checkpoint.initial_load_in_hf and "model" in checkpoint.exclude_from_loading:
+        yield f'{key} checkpoint.exclude_from_loading has "model", so that nothing would be loaded; leave one out'
+    exports = checkpoint.last_save_in_hf or checkpoint.export_interval
+    if exports and not checkpoint.load_only and _same_folder(checkpoint.folder, checkpoint.export_folder):
+        yield (
+            f"checkpoint.export_folder = {toml_literal(checkpoint.export_folder)}: checkpoints are there already, under"
+            " the same names; give it a folder other than checkpoint.folder"
+        )
+
+
+def _same_folder(one: str, other: str) -> bool:
+    if "://" in one or "://" in other:
+        return one.rstrip("/") == other.rstrip("/")
+    return posixpath.normpath(one) == posixpath.normpath(other)
 
 
 def _seed(checkpoint: Checkpoint) -> Problems:

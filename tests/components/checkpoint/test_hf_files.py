@@ -171,6 +171,17 @@ def test_an_export_of_that_name(tmp_path: Path, told: list[str]) -> None:
     assert Checkpointer(out, keep_latest_k=0, group=None).verify(1) == []
 
 
+def test_a_checkpoint_of_that_name_stays(tmp_path: Path) -> None:
+    tiny.save(tmp_path, tiny.ours())
+    tiny.save(tmp_path / "out", tiny.ours())
+    with pytest.raises(CheckpointError) as error:
+        export(tmp_path)
+    told = "it is a model_only checkpoint: set checkpoint.export_folder to another folder"
+    assert str(error.value) == f"cannot export to '{tmp_path}/out/step-1': {told}"
+    assert os.listdir(tmp_path / "out") == ["step-1"]
+    assert Checkpointer(tmp_path / "out", keep_latest_k=0, group=None).verify(1) == []
+
+
 def test_what_the_other_side_has_no_place_for(tmp_path: Path, told: list[str]) -> None:
     adapter = replace(tiny.ADAPTER, rules=lambda args: (*tiny.ADAPTER.rules(args), OursAlone("bias", "the bias")))
     tensors = {**tiny.ours(), "model.bias": torch.full((3,), 5.0)}

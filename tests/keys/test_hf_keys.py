@@ -1,0 +1,134 @@
+"""What the keys about Hugging Face weights do: which exports a job leaves, and that another starts from one."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from models.llama3.args import FLAVORS
+from tests.keys.jobs import Done, run_jobs
+from trainer.config.inactive import inactive
+from trainer.config.load import load_job
+from trainer.config.validate import validate
+
+shows = pytest.mark.shows
+SAVING = ("--checkpoint.enable", "--checkpoint.interval=500")
+LAST = (*SAVING, "--checkpoint.last_save_in_hf")
+JOBS = {
+    "none": SAVING,
+    "last": LAST,
+    "half": (*LAST, "--checkpoint.export_dtype=bfloat16", "--checkpoint.last_save_model_only"),
+    "interval": (*SAVING, "--checkpoint.export_interval=2"),
+    "folder": (*LAST, "--checkpoint.export_interval=1", "--checkpoint.export_folder=other/place"),
+    "from": (
+        *SAVING,
+        "--checkpoint.initial_load_in_hf",
+        "--checkpoint.initial_load_path={folder}/last/export/step-3",
+        "--debug.seed=99",
+        "--optimizer.lr=1e-9",
+        "--checkpoint.last_save_in_hf",
+    ),
+    "other flavor": (
+        *SAVING,
+        "--checkpoint.initial_load_in_hf",
+        "--checkpoint.initial_load_path={folder}/last/export/step-3",
+        "--model.flavor=tied",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Done]:
+    return run_jobs(tmp_path_factory.mktemp("jobs"), JOBS)
+
+
+def weights(done: Done, step: str = "export/step-3") -> dict[str, torch.Tensor]:
+    with safe_open(done.folder / step / "model.safetensors", "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+
+
+@shows("checkpoint.last_save_in_hf", "checkpoint.export_interval", "checkpoint.export_folder")
+def test_what_is_exported(done: dict[str, Done]) -> None:
+    exported = {
+        "none": [],
+        "last": ["export/step-3"],
+        "interval": ["export/step-2"],
+        "folder": ["other/place/step-1", "other/place/step-2", "other/place/step-3"],
+    }
+    for name, folders in exported.items():
+        files = done[name].files()
+        assert [f for f in files if f.endswith("model.safetensors")] == [f"{f}/model.safetensors" for f in folders]
+        assert [f for f in files if f.startswith("checkpoint/") and f.endswith("manifest.json")] == [
+            "checkpoint/step-3/manifest.json"
+        ]
+        assert done[name].column("loss") == done["none"].column("loss")
+    assert json.loads((done["last"].folder / "export/step-3/config.json").read_bytes())["model_type"] == "llama"
+    assert "export/step-3/tokenizer.json" in done["last"].files()
+    early, late = weights(done["folder"], "other/place/step-2"), weights(done["last"])
+    assert all(torch.equal(early[key], value) for key, value in weights(done["interval"], "export/step-2").items())
+    assert not all(torch.equal(early[key], late[key]) for key in late)
+
+
+def test_the_type_of_an_export(done: dict[str, Done]) -> None:
+    full, half = weights(done["last"]), weights(done["half"])
+    assert {value.dtype for value in full.values()} == {torch.float32}
+    assert all(torch.equal(full[key].bfloat16(), half[key]) for key in full)
+
+
+@shows("checkpoint.initial_load_in_hf")
+def test_a_job_starts_from_an_export(done: dict[str, Done]) -> None:
+    """Its weights are the export's: with next to no learning rate they are still those at the end."""
+    assert f"of Hugging Face weights from '{done['last'].folder}/export/step-3'" in done["from"].log
+    assert [record["step"] for record in done["from"].steps] == [1, 2, 3]
+    start, end = weights(done["last"]), weights(done["from"])
+    assert all(torch.allclose(start[key], end[key], rtol=0, atol=1e-7) for key in start)
+
+
+def test_a_job_of_another_flavor_does_not(done: dict[str, Done]) -> None:
+    outcome = done["other flavor"].outcome
+    assert outcome.code == 2
+    assert "config.json: tie_word_embeddings = false, this model has true" in outcome.stderr
+
+
+def problems(*arguments: str) -> list[str]:
+    job = load_job(("--checkpoint.enable", *arguments), {}).job
+    return validate(job, 1, FLAVORS["debugmodel"])
+
+
+def test_what_cannot_go_together() -> None:
+    path, key = "--checkpoint.initial_load_path=x", "checkpoint.initial_load_in_hf"
+    assert problems(f"--{key}", path) == []
+    assert problems(f"--{key}") == [
+        f"{key} = true: checkpoint.initial_load_path does not say where the weights are; set it, or this to false"
+    ]
+    assert problems(f"--{key}", path, "--checkpoint.initial_load_model_only=false") == [
+        f"{key} = true: nothing but weights is there, so checkpoint.initial_load_model_only cannot be false; leave it"
+        " out"
+    ]
+    assert problems(f"--{key}", path, '--checkpoint.exclude_from_loading=["model"]') == [
+        f'{key} = true: checkpoint.exclude_from_loading has "model", so that nothing would be loaded; leave one out'
+    ]
+    for folder in ("checkpoint", "./checkpoint/"):
+        assert problems("--checkpoint.last_save_in_hf", f"--checkpoint.export_folder={folder}") == [
+            f'checkpoint.export_folder = "{folder}": checkpoints are there already, under the same names; give it a'
+            " folder other than checkpoint.folder"
+        ]
+    assert problems("--checkpoint.export_folder=checkpoint") == []
+
+
+def test_what_does_nothing() -> None:
+    def why(key: str, *arguments: str) -> str | None:
+        return inactive(load_job(("--checkpoint.enable", *arguments), {}).job, f"checkpoint.{key}")
+
+    nothing = "nothing is exported: checkpoint.last_save_in_hf is false and export_interval is 0"
+    assert why("export_folder") == nothing
+    assert why("export_dtype") == (
+        "no save is model-only and nothing is exported: checkpoint.last_save_model_only is false"
+    )
+    for key in ("export_folder", "export_dtype"):
+        assert why(key, "--checkpoint.export_interval=5") is None
+        assert why(key, "--checkpoint.last_save_in_hf") is None
+    for key in ("export_folder", "export_interval", "last_save_in_hf"):
+        assert why(key, "--checkpoint.load_only") == "checkpoint.load_only saves nothing"
+    assert why("initial_load_in_hf_quantized") == "checkpoint.initial_load_in_hf is false"
