@@ -1,11 +1,10 @@
 """Verifier: reads manifests and checks checkpoints against them; the ranks share the work and agree on the verdict."""
 
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from components.checkpoint.hashing import hash_chunks
-from components.checkpoint.manifest import MANIFEST, FileEntry, Manifest, read_manifest, render
+from components.checkpoint.inspect import changed_chunks, chunks_of
+from components.checkpoint.manifest import MANIFEST, Manifest, read_manifest, render
 from components.checkpoint.ranks import Ranks
 from components.checkpoint.storage import Folder, Storage, open_folder, step_folders, step_name
 from components.runtime.errors import CheckpointError
@@ -81,18 +80,9 @@ class Verifier:
         if not self._hashes:
             return
         folder, what = self.folder(step), f"checkpoint {self.folder(step).name}"
-        chunks = [(entry, index) for entry in manifest.files for index in range(len(entry.hashes))]
-        mine = chunks[self._ranks.rank :: self._ranks.size]
-        changed = self._ranks.everywhere(lambda: _changed(folder, mine, manifest.chunk_bytes), what)
+        mine = chunks_of(manifest)[self._ranks.rank :: self._ranks.size]
+        changed = self._ranks.everywhere(lambda: changed_chunks(folder, mine, manifest.chunk_bytes), what)
         if problems := sorted(text for texts in self._ranks.all_gather(changed) for text in texts):
             raise CheckpointError(f"{what} is broken: {'; '.join(problems)}")
         self._whole.add(self._key(step, manifest))
 
-
-def _changed(folder: Folder, chunks: list[tuple[FileEntry, int]], chunk_bytes: int) -> list[str]:
-    found = hash_chunks([(partial(folder.open, entry.name), index) for entry, index in chunks], chunk_bytes)
-    return [
-        f"{entry.name}: bytes {index * chunk_bytes} to {min((index + 1) * chunk_bytes, entry.size)} have changed"
-        for (entry, index), value in zip(chunks, found, strict=True)
-        if entry.hashes[index] != value
-    ]
