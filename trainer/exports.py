@@ -14,9 +14,14 @@ from torch.distributed import ProcessGroup
 from components.checkpoint.checkpointer import Checkpointer
 from components.checkpoint.hf_config import Adapter
 from components.checkpoint.hf_export import export_hf
-from components.checkpoint.manifest import read_manifest
-from components.checkpoint.storage import Folder, open_storage, step_folders, step_name
+from components.checkpoint.inspect import examine
+from components.checkpoint.manifest import Manifest, read_manifest
+from components.checkpoint.ranks import Ranks
+from components.checkpoint.storage import Folder, open_folder, open_storage, step_folders, step_name
 from components.config.job_config import JobConfig
+from components.runtime.errors import CheckpointError, ConfigError
+from models.train_spec import families, get_args
+from trainer.command import import_custom
 
 SCRATCH = ".weights"
 """Folder beside the exports, of weights that are saved only to be exported."""
@@ -70,3 +75,35 @@ class Exports:
             self.run(source)
         finally:
             self.ranks.on_first(lambda: self.scratch.storage.delete(source.name), f"cannot remove '{source.path}'")
+
+
+def export_checkpoint(path: str, out: str, dtype: str, assets: str | None, custom_import: str) -> str:
+    """Export the weights of any checkpoint, apart from its job, into `{out}/step-N`, which is returned.
+
+    `path`, `out`: paths or URLs. `assets`: folder of the tokenizer. The model is that of the checkpoint's job; what is
+    not built in `custom_import` registers: a checkpoint is data, so the module that it names is not imported. Raises
+    ConfigError for a model that is not known or cannot be exported, CheckpointError for one that is broken.
+    """
+    source, ranks = open_folder(path), Ranks(None)
+    found = examine(source, hashes=True)
+    if found.manifest is None or found.problem:
+        raise CheckpointError(f"'{path}': {found.problem}")
+    import_custom(custom_import)
+    name, flavor = _model_of(found.manifest)
+    adapter = families.lookup(name).load().state_dict_adapter
+    if adapter is None:
+        raise ConfigError(f"model.name = {name!r}: its family does not say how Hugging Face writes it")
+    target = open_storage(out)
+    ranks.on_first(target.prepare, f"'{out}' cannot be written to")
+    folder = step_name(found.manifest.step)
+    args = get_args(name, flavor)
+    export_hf(source, found.manifest, target, folder, adapter, args, dtype=dtype, ranks=ranks, assets=assets)
+    return target.folder(folder).path
+
+
+def _model_of(manifest: Manifest) -> tuple[str, str]:
+    """Family and flavor, of the job's fingerprint."""
+    name, flavor = (manifest.fingerprint.get(f"model.{key}") for key in ("name", "flavor"))
+    if not (isinstance(name, str) and isinstance(flavor, str)):
+        raise CheckpointError("its manifest does not say what model it is of")
+    return name, flavor
