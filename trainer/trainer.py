@@ -177,7 +177,7 @@ class Trainer:
         if start >= steps:
             logger.info("nothing to do: step %d of training.steps = %d is done", start, steps)
             return
-        with self.profiler:
+        with self.profiler, self.persistence.saver.unbroken():
             self.meter.start()
             while self.train_on():
                 pass
@@ -409,19 +409,19 @@ class Trainer:
             self.standing.phase = "save"
             with self.gate.section():
                 persistence.save_due(self.settled, self.parts, self.identity, last=last)
-        failed = self.note_saves(persistence.finish() if last else persistence.poll())
-        if last and failed:
-            raise CheckpointError(failed[-1])
+        results = persistence.finish() if last else persistence.poll()
+        self.note_saves(results)
+        if last and (errors := [result.error for result in results if result.step == step and result.error]):
+            raise CheckpointError(errors[-1])
 
-    def note_saves(self, results: Sequence[SaveResult]) -> list[str]:
-        """Record saves that have ended; the errors of those that failed."""
+    def note_saves(self, results: Sequence[SaveResult]) -> None:
+        """Record saves that have ended."""
         for result in results:
             cost = {"seconds": result.seconds, "stall_seconds": result.stall, "bytes": result.bytes}
             if result.error:
                 self.sinks.note({"event": "save_failed", "step": result.step, "reason": result.error, **cost})
             elif result.bytes:
                 self.sinks.note({"event": "saved", "step": result.step, "kind": result.kind, **cost})
-        return [result.error for result in results if result.error]
 
     def close(self) -> None:
         """Flush what is reported, end worker processes and process groups. Collective."""

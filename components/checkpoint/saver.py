@@ -15,7 +15,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
@@ -31,7 +32,7 @@ from components.checkpoint.ranks import describe
 from components.checkpoint.staging import Stage
 from components.checkpoint.state import of_model
 from components.checkpoint.storage import Folder
-from components.runtime.errors import CheckpointError
+from components.runtime.errors import CheckpointError, CommunicationError, EspalierError
 from components.runtime.logging import logger
 
 Mode = Literal["disabled", "async", "async_with_pinned_mem"]
@@ -174,6 +175,20 @@ class Saver:
         while self._unreported and self._has_ended(self._unreported[0]):
             results.append(self._report())
         return results
+
+    @contextmanager
+    def unbroken(self) -> Iterator[None]:
+        """Around training: an error of ours ends it only once the save that is under way has ended.
+
+        Not so where ranks are gone, without which that would never be.
+        """
+        try:
+            yield
+        except CommunicationError:
+            raise
+        except EspalierError:
+            self.wait()
+            raise
 
     def _report(self) -> SaveResult:
         save = self._unreported.popleft()

@@ -92,7 +92,7 @@ def _deal(held: list[Places]) -> list[set[str]]:
 
 
 class Stage:
-    """The host memory of one rank. What it holds is that of the last `take`."""
+    """The host memory of one rank. A `take` writes over what the one before has given."""
 
     def __init__(self, ranks: Ranks, *, pinned: bool) -> None:
         self._ranks, self._pinned = ranks, pinned
@@ -112,7 +112,8 @@ class Stage:
         if any(self._ranks.all_gather(places != self._places)):
             self._mine, self._places = share_out(boxes, self._ranks), places
         mine = {name: box for name, box in boxes.items() if name in self._mine}
-        self._copies = self._ranks.everywhere(
+        copies = self._ranks.everywhere(
             lambda: stage(mine, pinned=self._pinned, after=after, into=self._copies, dtype=dtype), what
         )
-        return self._copies
+        self._copies |= copies  # what is not of this save, as of weights alone, is kept for the next
+        return copies

@@ -1,7 +1,11 @@
-"""Storage at `full://` URLs that has no room for the tensors of steps 2 and 3. Brings the tiny model."""
+"""Storage at `full://` URLs that has no room for the tensors of steps 2 and 3, and says so late.
+
+Brings the tiny model.
+"""
 
 import errno
 import os
+import time
 from typing import Any
 
 import fsspec
@@ -23,6 +27,7 @@ class FullStorage(MemoryFileSystem):
 
     def _open(self, path: str, mode: str = "rb", *rest: Any, **named: Any) -> Any:
         if mode == "wb" and path.endswith(".distcp") and path.split("/")[-2] in ("step-2", "step-3"):
+            time.sleep(0.3)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
         return super()._open(path, mode, *rest, **named)
 

@@ -18,6 +18,12 @@ JOBS = {
     "async": (*SAVING, "--checkpoint.async_mode=async"),
     "async_with_pinned_mem": (*SAVING, "--checkpoint.async_mode=async_with_pinned_mem"),
     "three": (*FULL, "--checkpoint.max_failed_saves=3"),
+    "late": (
+        *FULL,
+        "--training.steps=4",
+        "--checkpoint.async_mode=async",
+        "--checkpoint.folder=full://{folder}/late",
+    ),
     "two": (*FULL, "--checkpoint.max_failed_saves=2", "--checkpoint.folder=full://{folder}/stopped"),
 }
 
@@ -54,6 +60,9 @@ def test_a_run_ends_with_so_many_failed_saves_in_a_row(done: dict[str, Done]) ->
     assert (done["three"].column("step"), failed) == ([1, 2, 3, 4, 5], [2, 3])
     saved = [event["step"] for event in done["three"].events if event["event"] == "saved"]
     assert saved == [1, 4, 5]
+    assert len(done["late"].steps) == 4  # where only the end of the run told of step 3's
+    events = [(event["event"], event["step"]) for event in done["late"].events if "save" in event["event"]]
+    assert events == [("saved", 1), ("save_failed", 2), ("save_failed", 3), ("saved", 4)]
     two = done["two"]
     assert two.outcome.code == 2
     assert [line.split()[1] for line in two.outcome.stdout.splitlines()] == ["1", "2", "3"]

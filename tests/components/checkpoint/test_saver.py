@@ -23,7 +23,7 @@ from components.checkpoint.ranks import Ranks
 from components.checkpoint.saver import Mode, Saver, SaveResult
 from components.checkpoint.staging import Stage, stage
 from components.runtime.distributed import new_host_group
-from components.runtime.errors import CheckpointError
+from components.runtime.errors import CheckpointError, CommunicationError, DataError
 from tests.components.checkpoint.support import JOB, STATE, loads, same, tensors, zeros
 from tests.components.checkpoint.test_checkpoint_ranks import build, full
 from tests.ranks import run_ranks
@@ -181,6 +181,30 @@ def test_failures_that_finish_has_told_of_count_at_the_next_poll(tmp_path: Path)
     assert [r.error is None for r in run.finish()] == [False, False]
     with pytest.raises(CheckpointError, match=r"^checkpoint\.max_failed_saves = 2: the last 2 saves have failed: "):
         run.poll()
+
+
+@pytest.mark.parametrize(("error", "ended"), [(DataError("a.jsonl:1"), True), (CommunicationError("rank 1"), False)])
+def test_an_error_lets_the_save_under_way_end(tmp_path: Path, error: Exception, ended: bool) -> None:
+    run, release = saver(tmp_path, "async"), threading.Event()
+    with held(release):
+        run.save(1, tensors(1), STATE, JOB)
+        threading.Timer(0.2, release.set).start()
+        with pytest.raises(type(error)), run.unbroken():
+            raise error
+        assert (tmp_path / "step-1").exists() == ended
+        assert [r.error for r in run.finish()] == [None]
+
+
+def test_weights_alone_in_between_cost_no_new_memory() -> None:
+    memory = Stage(Ranks(None), pinned=False)
+
+    def places(named: dict[str, Tensor]) -> dict[str, int]:
+        return {name: box.data.data_ptr() for name, box in memory.take(named, None, None, "cannot save").items()}
+
+    first = places(tensors(1))
+    weights = {name: value for name, value in tensors(1).items() if name.startswith("model.")}
+    assert places(weights) == {name: first[name] for name in weights}
+    assert places(tensors(2)) == first
 
 
 def test_state_is_asked_for_once_nothing_else_is_saved(tmp_path: Path) -> None:
