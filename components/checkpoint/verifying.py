@@ -85,4 +85,3 @@ class Verifier:
         if problems := sorted(text for texts in self._ranks.all_gather(changed) for text in texts):
             raise CheckpointError(f"{what} is broken: {'; '.join(problems)}")
         self._whole.add(self._key(step, manifest))
-
