@@ -6,6 +6,7 @@ row's first token, offsets counted over begin token, text and end token: a resum
 token is ever saved. Packing whole documents by best fit was rejected: a cursor would then be a buffer.
 """
 
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from components.data.documents import MEND, BadRecord
 from components.data.order import Deal, Document, Place
 from components.data.rows import Cursor, Ending, Row, make_row
 from components.data.tokenizer import Tokenizer
-from components.runtime.errors import DataError
+from components.runtime.errors import DataError, EspalierError
 
 BARREN_EPOCHS = 16
 
@@ -109,7 +110,7 @@ class StreamedRows:
     def _tokens(self, document: Document) -> np.ndarray:
         """Tokens of a document with its begin and end; none if it cannot be read. # (tokens,) int64"""
         try:
-            ids = self._encode(document.read(), document.where)
+            ids = self._encode(_read(document), document.where)
         except BadRecord as error:
             if not (self._skip_bad or error.harmless):
                 raise
@@ -135,6 +136,20 @@ class StreamedRows:
                 break
         ids = np.repeat(np.arange(len(taken)), [len(x) for x in taken])
         return make_row(np.concatenate(taken), ids, self.seq_len, self._packing.document_mask)
+
+
+def _read(document: Document) -> str:
+    """Its text. Raises BadRecord; DataError for whatever else a source of the user's own raises."""
+    try:
+        return document.read()
+    except EspalierError:
+        raise
+    except Exception as error:
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        raise DataError(
+            f"{document.where()}: reading this document fails with {type(error).__name__}: {error}"
+            f" ({at.filename}:{at.lineno}); mend the dataset's code"
+        ) from error
 
 
 def _drop(held: deque[_Piece], count: int) -> Cursor:

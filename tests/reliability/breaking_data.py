@@ -1,30 +1,29 @@
-"""Documents over which a worker process dies or a tokenizer fails, brought in by `experimental.custom_import`.
+"""Documents over which a worker process dies or their source fails, brought in by `experimental.custom_import`.
 
-The variable BREAKS says how, FROM at which document of the order; BROKEN_FILE remembers that it has happened.
+The variable BREAKS says how, FROM at which record; BROKEN_FILE remembers that it has happened.
 """
 
 import os
 import signal
 from pathlib import Path
 
-from components.data import streamed
-from components.data.order import Document
+from components.data.jsonlines import JsonLines
 from tests.trainer import tiny
 
 __all__ = ["tiny"]
 
-tokens = streamed.StreamedRows._tokens
+document = JsonLines.document
 
 
-def breaking(self: streamed.StreamedRows, document: Document) -> object:
-    """A document's tokens, unless its reader breaks over it."""
+def breaking(self: JsonLines, index: int) -> str:
+    """A document's text, unless its reader breaks over it."""
     file = Path(os.environ["BROKEN_FILE"])
-    if document.position == int(os.environ["FROM"]) and os.environ["BREAKS"] and not file.exists():
+    if index == int(os.environ["FROM"]) and os.environ["BREAKS"] and not file.exists():
         file.touch()
         if os.environ["BREAKS"] == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         raise LookupError("no such word")
-    return tokens(self, document)
+    return document(self, index)
 
 
-setattr(streamed.StreamedRows, "_tokens", breaking)  # noqa: B010  # a class of ours, in a process of its own
+setattr(JsonLines, "document", breaking)  # noqa: B010  # a class of ours, in a process of its own

@@ -64,7 +64,7 @@ def test_a_rank_that_hangs_is_named_with_its_place_and_the_collective(tmp_path: 
 
 @pytest.mark.parametrize(
     ("ranks", "rank"),
-    [(3, 0), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((2, 0), (2, 1), (3, 1), (3, 2)))],
+    [(2, 1), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((2, 0), (3, 0), (3, 1), (3, 2)))],
 )
 def test_a_stopped_rank_is_named_within_a_second_of_the_timeout(ranks: int, rank: int, tmp_path: Path) -> None:
     stall = tmp_path / "stall"
@@ -85,6 +85,7 @@ def test_a_stopped_rank_is_named_within_a_second_of_the_timeout(ranks: int, rank
     assert rest.count("does not answer") == 0
 
 
+@pytest.mark.slow
 def test_a_rank_that_sleeps_over_its_data_is_named_with_line_and_phase(tmp_path: Path) -> None:
     arguments = (*STALLING, f"--job.dump_folder={tmp_path}", "--training.dataset=sleeps")
     line, seconds, _ = first_error(2, tmp_path / "stall", *arguments, rank=1)
