@@ -9,8 +9,11 @@ from typing import Any, ClassVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
+from fsspec.spec import AbstractBufferedFile
 
 PROTOCOL = "objects"
+PARTS = "parts"
 
 
 class Killed(BaseException):
@@ -102,4 +105,38 @@ class Upload(io.BytesIO):
             blow.strike()
 
 
+class PartStore(MemoryFileSystem):
+    """Files are uploaded in parts and read through fsspec's cache of blocks, as those of S3 are."""
+
+    protocol = PARTS
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return super()._strip_protocol(str(path).removeprefix(f"{PARTS}://"))
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **_: Any) -> None:
+        with self._open(path, "wb") as file:
+            file.write(value)
+
+    def _open(self, path: str, mode: str = "rb", block_size: Any = None, *_: Any, **kwargs: Any) -> Any:
+        return PartFile(self, path, mode, block_size or "default", **kwargs)
+
+
+class PartFile(AbstractBufferedFile):
+    """A file of it, while it is written or read."""
+
+    def _initiate_upload(self) -> None:
+        self.parts: list[bytes] = []
+
+    def _upload_chunk(self, final: bool = False) -> Any:
+        self.parts.append(self.buffer.getvalue())
+        if final:
+            self.fs.store[self.path] = MemoryFile(self.fs, self.path, b"".join(self.parts))
+        return True
+
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        return self.fs.store[self.path].getvalue()[start:end]
+
+
 fsspec.register_implementation(PROTOCOL, ObjectStore, clobber=True)
+fsspec.register_implementation(PARTS, PartStore, clobber=True)

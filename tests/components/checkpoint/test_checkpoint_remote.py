@@ -15,7 +15,7 @@ from components.checkpoint.manifest import MANIFEST
 from components.checkpoint.remote import MARK, RemoteFolder, RemoteStorage
 from components.checkpoint.storage import LOCAL_URL, open_folder, open_storage, write_file
 from components.runtime.errors import CheckpointError
-from tests.components.checkpoint.object_store import PROTOCOL, Blow, Killed, ObjectStore
+from tests.components.checkpoint.object_store import PARTS, PROTOCOL, Blow, Killed, ObjectStore
 from tests.components.checkpoint.support import JOB, STATE, same, tensors, zeros
 from tests.ranks import run_ranks
 
@@ -23,7 +23,7 @@ EIO = OSError(5, "Input/output error")
 FULL = OSError(28, "No space left on device")
 
 
-@pytest.fixture(params=["memory", PROTOCOL])
+@pytest.fixture(params=["memory", PROTOCOL, PARTS])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return f"{request.param}://{tmp_path}/run/checkpoint"
 
