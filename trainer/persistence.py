@@ -243,7 +243,9 @@ class Persistence:
             then = exports.run if exports and exported else None
             self.save(progress, parts, identity, weights_only=last and self.config.last_save_model_only, then=then)
         elif exports and exported:
-            self._save_weights(progress, parts, identity, through=exports.scratch, then=exports.run_and_drop)
+            # As they are: the export narrows them, and refuses values that it cannot hold.
+            how = {"through": exports.scratch, "then": exports.run_and_drop, "dtype": None}
+            self._save_weights(progress, parts, identity, **how)
 
     def save(
         self,
@@ -274,8 +276,8 @@ class Persistence:
         self.saved_step = progress.step
 
     def _save_weights(self, progress: Progress, parts: Parts, identity: JobIdentity, **how: Any) -> None:
-        dtype = EXPORT_DTYPES[self.config.export_dtype]
-        self.saver.save(progress.step, parts.weights, {}, identity, kind="model_only", dtype=dtype, **how)
+        how = {"dtype": EXPORT_DTYPES[self.config.export_dtype], **how}
+        self.saver.save(progress.step, parts.weights, {}, identity, kind="model_only", **how)
 
     def ensure_saved(self, progress: Progress, parts: Parts, identity: JobIdentity) -> bool:
         """Have the job saved as it is after `progress.step`, once this returns. True: it was already.

@@ -85,7 +85,7 @@ class Trainer:
         # what it is
         self.spec = families[job.model.name].load()
         self.args = get_args(job.model.name, job.model.flavor)
-        self.persistence = Persistence(job, self.spec.state_dict_adapter, self.args)
+        self.persistence = Persistence(job, self.spec.state_dict_adapter, self.spec.args_for_job_fn(self.args, job))
         self.job, notes = settle(job, self.dims.data_degree, self.persistence.saved_sizes)
         self.identity = self.identify(resolved)
         # what it reads

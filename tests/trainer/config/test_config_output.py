@@ -72,7 +72,7 @@ def test_tables_name_keys_that_exist() -> None:
         (
             ["--checkpoint.enable"],
             "checkpoint.export_dtype",
-            "no save is model-only: checkpoint.last_save_model_only is false",
+            "no save is model-only and nothing is exported: checkpoint.last_save_model_only is false",
         ),
         ([], "validation.dataloader.num_workers", "validation.enable is false"),
         ([], "parallelism.pipeline_parallel_degree", None),
