@@ -1,10 +1,12 @@
 """`metrics.jsonl`: the record that every run keeps, one JSON object a line, flushed as it is written.
 
-On resume, and when a job goes back to a checkpoint, the steps that will be run again are dropped, so that every step stands there once. The file is written anew
-beside the old one and renamed over it: a kill in between loses nothing. A new run in an old folder moves the old file
-aside (`metrics.1.jsonl`, …) instead of writing behind it.
+On resume, and when a job goes back to a checkpoint, the steps that will be run again are dropped, so that every step
+stands there once. The file is written anew beside the old one and renamed over it: a kill in between loses nothing. A
+new run in an old folder moves the old file aside (`metrics.1.jsonl`, …) instead of writing behind it. What finds no
+room on the disk waits in memory.
 """
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -28,11 +30,13 @@ class JsonlSink:
                 _move_aside(path)
             else:
                 _drop_later(path, resume_step)
-            self._path, self._file = path, path.open("a", encoding="utf-8")
+            self._path, self._file = path, path.open("ab", buffering=0)
         except OSError as error:
             raise UserError(
                 f"{path}: cannot write metrics there: {error.strerror}; move it away, or choose another job.dump_folder"
             ) from error
+        self._waiting = b""
+        self._told = False
         if resume_step is not None:
             self.note({"event": "resume", "step": resume_step})
 
@@ -50,22 +54,40 @@ class JsonlSink:
     def rewind(self, step: int) -> None:
         """Drop what was written of later steps, as on resume."""
         try:
-            self._file.close()
+            self.close()
             _drop_later(self._path, step)
-            self._file = self._path.open("a", encoding="utf-8")
+            self._file = self._path.open("ab", buffering=0)
         except OSError as error:
-            raise UserError(f"{self._path}: cannot be written: {error.strerror}; make room and run again") from error
+            raise self._unwritable(error) from error
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file. Raises UserError if there was no room for the end of it."""
+        try:
+            self._empty()
+        except OSError as error:
+            raise self._unwritable(error) from error
+        finally:
+            self._file.close()
 
     def _write(self, line: str) -> None:
+        """Write a line, or keep it: a full disk stops a run no more here than where checkpoints are saved."""
+        self._waiting += line.encode() + b"\n"
         try:
-            self._file.write(line + "\n")
-            self._file.flush()
+            self._empty()
         except OSError as error:
-            raise UserError(f"{self._path}: cannot be written: {error.strerror}; make room and run again") from error
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise self._unwritable(error) from error
+            if not self._told:
+                logger.warning("%s: %s: reports wait in memory until there is room", self._path, error.strerror)
+            self._told = True
+
+    def _empty(self) -> None:
+        """Write what waits. Raises OSError, and keeps what was not written."""
+        while self._waiting:
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(f"{self._path}: cannot be written: {error.strerror}; make room and run again")
 
 
 def _move_aside(path: Path) -> None:

@@ -9,7 +9,7 @@ from tests.reliability.harness_figures import record
 from tests.reliability.harness_groups import kill_groups, whole
 from tests.reliability.harness_sweep import distribution, sweep
 
-MODES = ("disabled",)
+MODES = ("disabled", "async")
 HELD = "0 latest checkpoints that do not load, 0 silent fallbacks, losses and weights bit for bit"
 
 
