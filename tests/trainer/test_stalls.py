@@ -6,6 +6,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from components.runtime.witness import Answer, stalled
-from tests.trainer.runs import ROOT, launch
+from tests.trainer.runs import ROOT, launch, meeting_point
 from tests.trainer.test_launch import QUIET, SCRIPT, environment, run
 
 LATE = (
@@ -94,6 +95,26 @@ def test_a_rank_that_sleeps_over_its_data_is_named_with_line_and_phase(tmp_path:
         line,
     ), line
     assert seconds < 2 + 1
+
+
+@pytest.mark.slow
+def test_a_stopped_rank_that_hosts_the_store_is_told_by_all_others(tmp_path: Path) -> None:
+    """As under a launcher that is not torchrun: nobody can be asked then."""
+    stall = tmp_path / "stall"
+    usual = {**meeting_point(), "WORLD_SIZE": "3", "STALL_RANK": "0", "STALL_FILE": str(stall)}
+    options = ("--training.local_batch_size=4", "--loss.name=stops", f"--job.dump_folder={tmp_path}")
+    argv = [sys.executable, "-m", "trainer", *STALLING, *options]
+    environs = [environment(**usual, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(3)]
+    first, *others = [subprocess.Popen(argv, cwd=ROOT, env=e, stderr=subprocess.PIPE, text=True) for e in environs]
+    told = [other.communicate(timeout=100)[1].splitlines()[-1] for other in others]
+    seconds = time.time() - float(stall.read_text().split()[1])
+    first.kill()
+    first.communicate()
+    who = "the process that hosts the store of the ranks, rank 0 or its launcher on 127.0.0.1, does not answer"
+    for line in told:
+        assert line.startswith("error: communication has failed in step 3, forward/backward (RuntimeError: "), line
+        assert line.endswith(f"): {who}"), line
+    assert seconds < 2 + 1.5  # the processes' end is in it
 
 
 def first_error(ranks: int, stall: Path, *arguments: str, rank: int) -> tuple[str, float, str]:
