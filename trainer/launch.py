@@ -88,7 +88,8 @@ def run_agent(
     from torch.distributed.run import config_from_args, parse_args
 
     # The agent's own account of a failure repeats what the worker says, at length.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in filter(lambda name: name.startswith("torch.distributed.elastic"), logging.root.manager.loggerDict):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     options = torchrun_arguments(environ, processes, nodes)
     config, command, arguments = config_from_args(parse_args([*options, "-m", "trainer", *argv]))

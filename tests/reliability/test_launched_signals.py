@@ -70,6 +70,7 @@ def test_a_long_save_is_waited_for_and_nothing_restarts(seconds: int, restarts: 
     assert "error" not in err
 
 
+@pytest.mark.slow
 def test_a_killed_rank_comes_back_from_the_last_checkpoint(tmp_path: Path) -> None:
     """And what the first attempt left for the launcher says nothing of the second, which is stopped by one rank."""
     child = start(tmp_path, "--checkpoint.interval=2", HOLD="data 4 1 1", MAX_RESTARTS="1")
@@ -80,3 +81,18 @@ def test_a_killed_rank_comes_back_from_the_last_checkpoint(tmp_path: Path) -> No
     assert [(e["event"], e["step"]) for e in events(tmp_path)] == [("resume", 2)]
     assert [record["step"] for record in records(tmp_path)] == [1, 2, 3, 4, 5, 6]
     assert "loaded step-2" in err
+
+
+@pytest.mark.slow
+def test_ranks_whose_launcher_is_killed_end_at_once(tmp_path: Path) -> None:
+    """The store dies with it, so that they cannot agree on anything any more."""
+    child = start(tmp_path, "--training.steps=100000", HOLD="data 3 1 0")
+    wait_for(tmp_path / "0.data")
+    ranks = workers(child.pid)
+    child.kill()
+    end = time.monotonic() + 15
+    while any(Path(f"/proc/{rank}").exists() for rank in ranks) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not [rank for rank in ranks if Path(f"/proc/{rank}").exists()]
+    child.communicate(timeout=60)
+    assert saved(tmp_path) == []

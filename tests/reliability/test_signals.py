@@ -1,9 +1,11 @@
 """SIGTERM, SIGINT, SIGUSR1 and the clock, in each phase of a job: all ranks agree, and what is left is a valid
 checkpoint from which the job goes on as if nothing had been."""
 
+import functools
 import json
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +22,18 @@ SLOW = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, float]]]:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict[str, float]]]:
     """Ranks → what the steps of an uninterrupted job come to."""
-    found = {}
-    for ranks in (1, 2):
+
+    @functools.cache
+    def run(ranks: int) -> list[dict[str, float]]:
         folder = tmp_path_factory.mktemp("whole")
         assert codes(interrupt(ranks, folder, ())) == [0] * ranks
-        found[ranks] = [facts(record) for record in records(folder)]
-        assert len(found[ranks]) == 6
-    return found
+        found = [facts(record) for record in records(folder)]
+        assert len(found) == 6
+        return found
+
+    return run
 
 
 def codes(ended: list[Ended]) -> list[int]:
@@ -85,11 +90,11 @@ def stop_and_go_on(phase: str, ranks: int, folder: Path, *arguments: str) -> Non
 @pytest.mark.parametrize(
     ("phase", "ranks"),
     [
-        ("first step", 1),
+        pytest.param("first step", 1, marks=SLOW),
         pytest.param("forward", 1, marks=SLOW),
         pytest.param("data", 1, marks=SLOW),
         ("validation", 1),
-        ("optimizer", 1),
+        pytest.param("optimizer", 1, marks=SLOW),
         pytest.param("save", 1, marks=SLOW),
         pytest.param("background save", 1, marks=SLOW),
         pytest.param("first step", 2, marks=SLOW),
@@ -102,11 +107,11 @@ def stop_and_go_on(phase: str, ranks: int, folder: Path, *arguments: str) -> Non
     ],
 )
 def test_sigterm_in_each_phase_ends_in_a_checkpoint(
-    phase: str, ranks: int, whole: dict[int, list[dict[str, float]]], tmp_path: Path
+    phase: str, ranks: int, whole: Callable[[int], list[dict[str, float]]], tmp_path: Path
 ) -> None:
     """The last rank stands still; where there is another, that one waits for it in a collective."""
     stop_and_go_on(phase, ranks, tmp_path)
-    assert [facts(record) for record in records(tmp_path)] == whole[ranks]
+    assert [facts(record) for record in records(tmp_path)] == whole(ranks)
 
 
 @SLOW
@@ -124,7 +129,9 @@ def test_one_rank_is_told_and_all_stop(tmp_path: Path) -> None:
     assert events(tmp_path) == [{"event": "stopped", "step": 2, "reason": "SIGINT"}]
 
 
-def test_sigusr1_saves_and_goes_on_and_twice_is_once(whole: dict[int, list[dict[str, float]]], tmp_path: Path) -> None:
+def test_sigusr1_saves_and_goes_on_and_twice_is_once(
+    whole: Callable[[int], list[dict[str, float]]], tmp_path: Path
+) -> None:
     """All ranks get it twice, as from a scheduler, while the last one waits for data."""
     shots = [Shot(USR1, (0, 1), ("held1",)), Shot(USR1, (1, 0))]
     ended = interrupt(2, tmp_path, (), shots, HOLD="data 4 1 1")
@@ -132,7 +139,7 @@ def test_sigusr1_saves_and_goes_on_and_twice_is_once(whole: dict[int, list[dict[
     assert saved(tmp_path) == [3, 6]
     found = events(tmp_path)
     assert {json.dumps(event) for event in found} == {'{"event": "saved_on_signal", "step": 3, "reason": "SIGUSR1"}'}
-    assert [facts(record) for record in records(tmp_path)] == whole[2]
+    assert [facts(record) for record in records(tmp_path)] == whole(2)
 
 
 def test_sigterm_while_sigusr1_is_saving(tmp_path: Path) -> None:
@@ -143,6 +150,7 @@ def test_sigterm_while_sigusr1_is_saving(tmp_path: Path) -> None:
     assert [(event["event"], event["step"]) for event in events(tmp_path)] == [("saved_on_signal", 2), ("stopped", 2)]
 
 
+@SLOW
 def test_a_second_sigterm_is_an_echo_at_first_and_then_the_end(tmp_path: Path) -> None:
     """The save takes for ever: the second signal changes nothing, the third ends the job at once."""
     shots = [Shot(TERM, (0,), HELD), Shot(TERM, (0,), delay=0.5), Shot(INT, (0,), delay=3)]
@@ -155,6 +163,7 @@ def test_a_second_sigterm_is_an_echo_at_first_and_then_the_end(tmp_path: Path) -
     assert saved(tmp_path) == []
 
 
+@SLOW
 def test_what_is_not_saved_within_the_grace_is_given_up_and_the_late_rank_named(tmp_path: Path) -> None:
     hold = {"HOLD": "step 3 inf 1"}
     ended = interrupt(2, tmp_path, ("--checkpoint.grace_seconds=2",), [Shot(TERM, (0,), ("held1",))], **hold)
@@ -174,6 +183,7 @@ def test_a_save_that_fails_on_a_stop_is_a_failure(tmp_path: Path) -> None:
     assert [rank.err.splitlines()[-1] for rank in ended] == [f"[rank 0] {what}", f"[rank 1] {what}"]
 
 
+@SLOW
 def test_a_training_that_fails_while_it_is_stopped_says_nothing(tmp_path: Path) -> None:
     ended = interrupt(1, tmp_path, (), [Shot(TERM, (0,), ("0.error",), delay=0)], HOLD="save 1 1 0 error 3 0.5 0")
     assert codes(ended) == [75], said(ended)
@@ -190,6 +200,7 @@ def test_an_update_that_fails_half_way_is_never_saved(tmp_path: Path) -> None:
     assert ended[0].err.splitlines()[-1] == line
 
 
+@SLOW
 def test_a_signal_after_the_last_step_changes_nothing(tmp_path: Path) -> None:
     ended = interrupt(1, tmp_path, (), [Shot(TERM, (0,), HELD)], HOLD="close 1 1 0")
     assert codes(ended) == [0], said(ended)
@@ -197,6 +208,7 @@ def test_a_signal_after_the_last_step_changes_nothing(tmp_path: Path) -> None:
     assert events(tmp_path) == []
 
 
+@SLOW
 def test_a_stop_in_the_last_save_finds_nothing_left_to_do(tmp_path: Path) -> None:
     ended = interrupt(1, tmp_path, (), [Shot(TERM, (0,), HELD)], HOLD="save 1 1 0")
     assert codes(ended) == [0], said(ended)
@@ -209,6 +221,7 @@ def test_without_checkpoints_a_signal_keeps_its_meaning(tmp_path: Path) -> None:
     assert codes(ended) == [-TERM], said(ended)
 
 
+@SLOW
 def test_worker_processes_leave_signals_to_the_rank_and_end_with_it(tmp_path: Path) -> None:
     """SIGUSR1 and SIGTERM reach each process of the job, as from a scheduler: one save, one stop, nobody left."""
     shots = [Shot(USR1, (0,), ("0.data",), tree=True), Shot(TERM, (0,), ("checkpoint/step-2",), tree=True)]

@@ -10,12 +10,13 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 from tests.trainer.runs import ROOT, TINY, facts, records
 from trainer.guard import shadowed_rooms
-from trainer.launch import torchrun_arguments
+from trainer.launch import set_patience, torchrun_arguments
 
 QUIET = (*TINY, "--validation.enable=false")
 SCRIPT = ROOT / "run_train.sh"
@@ -88,6 +89,30 @@ def test_bad_variables(variables: Mapping[str, str], message: str) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {message}")
     assert done.stdout == ""
+
+
+def test_the_agent_waits_for_a_save_with_any_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its setting where there is one, else by what it calls."""
+    from torch.distributed.elastic.multiprocessing.api import PContext
+    from torch.distributed.launcher.api import LaunchConfig
+
+    waited: list[int] = []
+
+    def close(self: object, death_sig: object = None, timeout: int = 30) -> None:
+        waited.append(timeout)
+
+    monkeypatch.setattr(PContext, "close", close)
+    old, new = LaunchConfig(1, 1, 1), LaunchConfig(1, 1, 1)
+    if not hasattr(new, "shutdown_timeout"):
+        new.shutdown_timeout = 30
+    set_patience(new, 315)
+    assert new.shutdown_timeout == 315
+    cast(Any, PContext).close(object())
+    vars(old).pop("shutdown_timeout", None)
+    monkeypatch.delattr(LaunchConfig, "shutdown_timeout", raising=False)
+    set_patience(old, 315)
+    cast(Any, PContext).close(object())
+    assert waited == [30, 315]
 
 
 def test_a_folder_that_shadows_a_room_is_named(tmp_path: Path) -> None:

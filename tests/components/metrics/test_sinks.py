@@ -229,6 +229,17 @@ def _read(folder: Path, tag: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in events.Scalars(tag)]
 
 
+def test_what_comes_after_the_end_is_dropped(tmp_path: Path) -> None:
+    """A stop closes the reports while the training thread is about to write one."""
+    sinks = Sinks([JsonlSink(tmp_path / "metrics.jsonl", None)])
+    sinks.note({"event": "stopped", "step": 3})
+    sinks.close()
+    sinks.note({"event": "late", "step": 4})
+    sinks.advance(4)
+    sinks.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"event": "stopped", "step": 3}\n'
+
+
 def test_tensorboard_drops_what_is_run_again(tmp_path: Path) -> None:
     first = TensorBoardSink(tmp_path, None)
     for step in (1, 2, 3):
