@@ -7,6 +7,7 @@ same bytes come out however many there are. A rank holds one tensor of theirs an
 Writing through the live model's shards was rejected: it needs a collective for each tensor.
 """
 
+import hashlib
 import itertools
 import json
 import math
@@ -49,6 +50,8 @@ ASSETS = (
 """Files of a tokenizer; those that are there are copied."""
 WORDS = {ours: theirs for theirs, ours in FLOATS.items()}
 """Names of types: torch's → the format's."""
+MADE_OF = "exported_from"
+"""Entry of a manifest's layout: a digest of the checkpoint's files and of how they were exported."""
 _CHUNK = 16 << 20
 
 
@@ -116,7 +119,9 @@ def export_hf(
     table = ranks.everywhere(lambda: _table(adapter, args, index), what)
     shards = plan_shards(_in_order(table), words, shard_bytes)
     small = {CONFIG: adapter.config_bytes(args, dtype)} | ({INDEX: index_bytes(shards, words)} if shards[1:] else {})
-    ranks.on_first(target.prepare, what)
+    made_of = ranks.on_first(lambda: _digest(manifest, words, shard_bytes, small, assets), what)
+    if ranks.on_first(lambda: _make_way(target, name, made_of), what):
+        return target.folder(name)
     temporary = ranks.on_first(lambda: target.temporary(name), what)
     try:
         weights = TheirWeights(source, index, table, dtype)
@@ -125,7 +130,9 @@ def export_hf(
         )
         others = ranks.on_first(lambda: _write_small(temporary, small, assets), what)
         files = sorted([*others, *itertools.chain(*ranks.all_gather(entries))], key=lambda entry: entry.name)
-        _commit(target, temporary, name, replace(manifest, kind="hf", created=_now(), files=files), ranks, what)
+        layout = {**manifest.layout, MADE_OF: made_of}
+        described = render(replace(manifest, kind="hf", created=_now(), files=files, layout=layout))
+        ranks.on_first(lambda: target.commit(temporary, name, described), what)
     except CheckpointError:
         if ranks.first:
             _discard(target, temporary)
@@ -169,8 +176,7 @@ def _write_raw(file: HashedFile, tensor: Tensor) -> None:
 
 def _write_small(folder: Folder, small: Mapping[str, bytes], assets: str | None) -> list[FileEntry]:
     entries = [write_file(folder, name, data) for name, data in small.items()]
-    found = [Path(assets) / name for name in ASSETS] if assets is not None else []
-    return entries + [_copy(path, folder) for path in found if path.is_file()]
+    return entries + [_copy(path, folder) for path in _tokenizer(assets)]
 
 
 def _copy(path: Path, folder: Folder) -> FileEntry:
@@ -180,28 +186,37 @@ def _copy(path: Path, folder: Folder) -> FileEntry:
     return file.entry
 
 
-def _commit(target: Storage, temporary: Folder, name: str, manifest: Manifest, ranks: Ranks, what: str) -> None:
-    def commit() -> str:
-        there = _there(target, name)
-        if there and (there.kind, there.files) == (manifest.kind, manifest.files):  # as far as manifest and sizes say
-            target.discard(temporary)
-            return ""
-        if there and there.kind != "hf":
-            raise CheckpointError(f"it is a {there.kind} checkpoint: set checkpoint.export_folder to another folder")
-        aside = target.set_aside(name, "superseded") if target.exists(name) else ""
-        target.commit(temporary, name, render(manifest))
-        return aside
-
-    if (aside := ranks.on_first(commit, what)) and ranks.first:
-        logger.warning("'%s/%s' was another export: it is now '%s'", target.path, name, aside)
+def _digest(manifest: Manifest, words: str, shard_bytes: int, small: Mapping[str, bytes], assets: str | None) -> str:
+    """What an export's bytes follow from."""
+    files = [[entry.name, entry.size, entry.hashes] for entry in manifest.files]
+    other = {name: hashlib.sha256(data).hexdigest() for name, data in small.items()}
+    other |= {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in _tokenizer(assets)}
+    return hashlib.sha256(_json({"files": files, "type": words, "shards": shard_bytes, "other": other})).hexdigest()
 
 
-def _there(target: Storage, name: str) -> Manifest | None:
-    """What of that name is there already; None for nothing, or nothing valid."""
+def _tokenizer(assets: str | None) -> list[Path]:
+    found = [Path(assets) / name for name in ASSETS] if assets is not None else []
+    return [path for path in found if path.is_file()]
+
+
+def _make_way(target: Storage, name: str, made_of: str) -> bool:
+    """Whether this very export is there already. Another one is set aside, since not all storage can rename it
+    later."""
+    target.prepare()
+    if not target.exists(name):
+        return False
     try:
-        return read_manifest(target.folder(name)) if target.exists(name) else None
+        there = read_manifest(target.folder(name))
     except CheckpointError:
-        return None
+        there = None
+    if there and there.kind == "hf" and there.layout.get(MADE_OF) == made_of:
+        logger.info("'%s/%s' is there already, exported from the same checkpoint: it stays as it is", target.path, name)
+        return True
+    if there and there.kind != "hf":
+        raise CheckpointError(f"it is a {there.kind} checkpoint: set checkpoint.export_folder to another folder")
+    aside = target.set_aside(name, "superseded")
+    logger.warning("'%s/%s' was another export: it is now '%s'", target.path, name, aside)
+    return False
 
 
 def _discard(target: Storage, temporary: Folder) -> None:

@@ -159,6 +159,8 @@ def test_an_export_of_that_name(tmp_path: Path, told: list[str]) -> None:
     (out / ".tmp-step-1-0123456789abcdef").mkdir()  # of a killed run
     first = (out / "step-1" / "manifest.json").stat()
     export(tmp_path / "a")
+    stays = "is there already, exported from the same checkpoint: it stays as it is"
+    assert told[-1] == f"'{out}/step-1' {stays}"
     assert os.listdir(out) == ["step-1"]
     assert (out / "step-1" / "manifest.json").stat().st_ino == first.st_ino
     export(tmp_path / "a", dtype="bfloat16")
@@ -169,6 +171,22 @@ def test_an_export_of_that_name(tmp_path: Path, told: list[str]) -> None:
     export(tmp_path / "a", dtype="bfloat16")
     assert len(os.listdir(out)) == 3
     assert Checkpointer(out, keep_latest_k=0, group=None).verify(1) == []
+
+
+def test_storage_that_cannot_rename(tmp_path: Path) -> None:
+    """The same through a URL, in both directions."""
+    tiny.save(tmp_path, tiny.ours())
+    manifest = Checkpointer(tmp_path, keep_latest_k=0, group=None).read_manifest(1)
+    source, target = open_storage(tmp_path).folder("step-1"), open_storage(f"memory:/{tmp_path}/out")
+    for dtype, count in (("float32", 1), ("float32", 1), ("bfloat16", 2)):
+        how = {"dtype": dtype, "ranks": ALONE, "shard_bytes": 70}
+        folder = export_hf(source, manifest, target, "step-1", tiny.ADAPTER, ARGS, **how)
+        assert len(target.folder_names()) == count
+        found = tiny.zeros()
+        load_hf(folder.path, found, tiny.ADAPTER, ARGS, ALONE)
+        assert tiny.same(found, tiny.ours())
+    with pytest.raises(CheckpointError, match=r"neither model.safetensors.index.json nor model.safetensors is there"):
+        load_hf(f"memory:/{tmp_path}/nowhere", found, tiny.ADAPTER, ARGS, ALONE)
 
 
 def test_a_checkpoint_of_that_name_stays(tmp_path: Path) -> None:
