@@ -99,7 +99,7 @@ def stop_and_go_on(phase: str, ranks: int, folder: Path, *arguments: str) -> Non
         pytest.param("background save", 1, marks=SLOW),
         pytest.param("first step", 2, marks=SLOW),
         pytest.param("forward", 2, marks=SLOW),
-        ("data", 2),
+        pytest.param("data", 2, marks=SLOW),
         pytest.param("validation", 2, marks=SLOW),
         pytest.param("optimizer", 2, marks=SLOW),
         pytest.param("save", 2, marks=SLOW),
