@@ -11,6 +11,7 @@ from tests.reliability.harness_jobs import SAVING, check_folder, job, load_all, 
 from tests.trainer.runs import facts, records
 
 STEPS = 6
+KEPT = 2
 WINDOWS = (Phase.WRITE, Phase.RENAME, Phase.DELETE)
 KILLS = (Mode.KILL_BEFORE, Mode.KILL_WITHIN, Mode.KILL_AFTER)
 KILLED = -9
@@ -48,7 +49,7 @@ class Reference:
 
     def calls_in(self, phase: Phase) -> int:
         """Calls in this part of the protocol, for one checkpoint."""
-        return sum(call.phase == phase for call in self.calls) // STEPS
+        return sum(call.phase == phase for call in self.calls) // (STEPS - KEPT if phase is Phase.DELETE else STEPS)
 
 
 class Sweep:
@@ -64,6 +65,8 @@ class Sweep:
     def go(self, at_most: int) -> list[Kill]:
         """Kill, check, start again; the kills."""
         while len(self.kills) < at_most:
+            if self.newest == STEPS:
+                break
             case = self.targeted() if self.dice.random() < 0.6 else self.at_random()
             ended = run(case)
             resumed = self.check(ended)
@@ -78,12 +81,16 @@ class Sweep:
 
     def targeted(self) -> Case:
         """Killed by its own hand at a drawn call of writing, renaming or deleting one of its first two checkpoints."""
-        phase = self.dice.choice(WINDOWS)
-        number = self.dice.randrange(2 * self.reference.calls_in(phase))
+        saves = STEPS - (self.newest or 0)
+        full = min(self.newest or 0, KEPT) + saves - KEPT  # saves that delete
+        phase = self.dice.choice(WINDOWS if full > 0 else WINDOWS[:2])
+        number = self.dice.randrange(min(2, full if phase is Phase.DELETE else saves) * self.reference.calls_in(phase))
         return self.case(Blow(self.dice.choice(KILLS), number, phase, permille=self.dice.randrange(1000)))
 
     def at_random(self) -> Case:
-        return self.case(Blow(), self.dice.uniform(0.2, 1.0) * self.reference.seconds)
+        """Killed from outside, most likely while it still trains: a start is half of a run."""
+        left = 1 - (self.newest or 0) / STEPS
+        return self.case(Blow(), self.dice.uniform(0.2, 0.5 + left / 2) * self.reference.seconds)
 
     def check(self, ended: Ended) -> int | None:
         """What must hold after each run; the step that it had resumed from."""
