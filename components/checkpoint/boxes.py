@@ -60,7 +60,19 @@ def as_boxes(tensors: Mapping[str, Tensor | Box], dtype: torch.dtype | None = No
     `dtype`: type of floating point values, a copy of this rank's piece where it changes; None: as it is.
     """
     boxes = {n: value if isinstance(value, Box) else box_of(n, value) for n, value in tensors.items()}
-    return {name: replace(box, data=box.data.to(stored_type(box.data, dtype))) for name, box in boxes.items()}
+    stored = {name: replace(box, data=box.data.to(stored_type(box.data, dtype))) for name, box in boxes.items()}
+    for name, box in stored.items():
+        require_held(name, boxes[name].data, box.data)
+    return stored
+
+
+def require_held(name: str, data: Tensor, copy: Tensor) -> None:
+    """Raise CheckpointError if the copy's type has made an infinity of a finite value."""
+    if copy.dtype != data.dtype and int(copy.isinf().sum()) != int(data.isinf().sum()):
+        raise CheckpointError(
+            f"{name}: {str(copy.dtype).removeprefix('torch.')} cannot hold its largest value,"
+            f" {float(data.abs()[data.isfinite()].max()):g}; take another checkpoint.export_dtype"
+        )
 
 
 def stored_type(data: Tensor, dtype: torch.dtype | None) -> torch.dtype:

@@ -7,6 +7,7 @@ from typing import BinaryIO, cast
 import torch
 from torch import Tensor
 
+from components.checkpoint.boxes import require_held
 from components.checkpoint.links import Link
 from components.checkpoint.names import Table
 from components.checkpoint.safetensors import read_into
@@ -45,10 +46,7 @@ class TheirWeights:
         values = self._piece(cut.ours, number)[tuple(span.slice for span in cut.our_part)]
         target = whole[tuple(span.slice for span in cut.their_part)]
         target.copy_(values.reshape(target.shape))
-        if values.dtype != target.dtype and target.isinf().any() and target.isinf().sum() != values.isinf().sum():
-            raise CheckpointError(
-                f"{cut.theirs} has values that {self._dtype} cannot hold: set checkpoint.export_dtype to a wider type"
-            )
+        require_held(cut.theirs, values, target)
 
     def _piece(self, name: str, number: int) -> Tensor:
         if (name, number) not in self._pieces:

@@ -14,7 +14,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from components.checkpoint.boxes import Box, as_boxes, stored_type
+from components.checkpoint.boxes import Box, as_boxes, require_held, stored_type
 from components.checkpoint.ranks import Ranks
 
 Places = dict[str, tuple[tuple[int, ...], tuple[int, ...], int]]
@@ -34,6 +34,7 @@ def stage(
 
     `after`: when their values are there, on the accelerator; None: when the current stream gets there. `into`: earlier
     copies, which are written over where they fit. `dtype`: type of the copies of floating point values; None: as it is.
+    Raises CheckpointError for values that it cannot hold.
     """
     earlier = into or {}
     copies = {name: _room(box, earlier.get(name), pinned, dtype) for name, box in boxes.items()}
@@ -43,6 +44,8 @@ def stage(
             copies[name].data.copy_(box.data, non_blocking=pinned)
     if side is not None:
         side.synchronize()
+    for name, box in boxes.items():
+        require_held(name, box.data, copies[name].data)
     return copies
 
 
@@ -105,7 +108,8 @@ class Stage:
     ) -> dict[str, Box]:
         """Copies of what this rank will write, over those of before. Collective.
 
-        Raises CheckpointError on all ranks, starting with `what`, if one has no memory for them.
+        Raises CheckpointError on all ranks, starting with `what`, if one has no memory for them, or values that `dtype`
+        cannot hold.
         """
         boxes = self._ranks.everywhere(lambda: as_boxes(tensors), what)
         places = _places(boxes)

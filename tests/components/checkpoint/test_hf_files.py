@@ -121,8 +121,8 @@ def test_values_that_a_type_cannot_hold(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as error:
         export(tmp_path, dtype="float16")
     assert str(error.value) == (
-        f"cannot export to '{tmp_path}/out/step-1': their.1.weight has values that torch.float16 cannot hold: "
-        "set checkpoint.export_dtype to a wider type"
+        f"cannot export to '{tmp_path}/out/step-1': their.1.weight: float16 cannot hold its largest value, 100000; "
+        "take another checkpoint.export_dtype"
     )
     assert os.listdir(tmp_path / "out") == []
     assert torch.isinf(contents(export(tmp_path, dtype="bfloat16"))["their.2.weight"][0, 0])

@@ -116,6 +116,14 @@ def test_weights_alone_in_another_type(tmp_path: Path, mode: Mode) -> None:
 
 
 @pytest.mark.parametrize("mode", ["disabled", "async"])
+def test_weights_that_a_type_cannot_hold_are_not_saved(tmp_path: Path, mode: Mode) -> None:
+    run = saver(tmp_path, mode)
+    run.save(1, {"model.w": torch.tensor([1.0, -7e4, float("inf")])}, {}, JOB, kind="model_only", dtype=torch.float16)
+    cannot = "model.w: float16 cannot hold its largest value, 70000; take another checkpoint.export_dtype"
+    assert [r.error for r in run.finish()] == [f"cannot save step-1 in '{tmp_path}': {cannot}"]
+
+
+@pytest.mark.parametrize("mode", ["disabled", "async"])
 def test_failed_saves_are_counted_until_they_are_too_many(
     tmp_path: Path, mode: Mode, caplog: pytest.LogCaptureFixture
 ) -> None:
