@@ -1,5 +1,5 @@
 """Write what is generated: from the configuration's dataclasses its reference page, its JSON schema and the golden
-configs; from the matrix of layouts the page that says which are checked.
+configs; from the matrix of layouts the page that says which are checked; from the evidence of reliability its table.
 
     scripts/generate_docs.py            write them
     scripts/generate_docs.py --check    change nothing; exit with 1 and name those that are stale
@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # so that it runs as a script, from any folder
 
 from tests.layouts.page import page as layouts_page  # noqa: E402
+from tests.reliability.page import page as reliability_page  # noqa: E402
 from trainer.config.docs import config_page, json_schema  # noqa: E402
 from trainer.config.load import load_job  # noqa: E402
 from trainer.config.output import to_toml  # noqa: E402
@@ -27,6 +28,7 @@ def generated() -> Iterator[tuple[Path, str]]:
     yield ROOT / "docs/config.md", config_page()
     yield ROOT / "docs/config.schema.json", json_schema()
     yield ROOT / "docs/layouts.md", layouts_page()
+    yield ROOT / "docs/reliability.md", reliability_page()
     for source in sorted(ROOT.glob("models/*/train_configs/*.toml")):
         family = source.parent.parent.name
         resolved = load_job([f"--job.config_file={source}"], {})
