@@ -33,7 +33,7 @@ from components.parallel.pipeline import Stage
 from components.runtime import distributed, logging, seeds, witness
 from components.runtime.collect import GarbageCollector
 from components.runtime.device import compute_dtype, mark, pick_device
-from components.runtime.errors import CheckpointError, DataError
+from components.runtime.errors import DataError, SaveError
 from components.runtime.gate import Gate
 from components.runtime.logging import logger
 from components.runtime.paths import prepare_folder
@@ -169,7 +169,7 @@ class Trainer:
         )
 
     def train(self) -> None:
-        """Train to `training.steps`, or to the end of the data. Raises NonFiniteError, DataError, CheckpointError."""
+        """Train to `training.steps`, or to the end of the data. Raises NonFiniteError, SpikeError, DataError, SaveError."""
         steps, start = self.job.training.steps, self.progress.step
         if self.job.checkpoint.create_seed_checkpoint:
             self.persistence.save_seed(self.parts, self.identity)
@@ -402,7 +402,7 @@ class Trainer:
                 self.sinks.log(self.meter.report(*facts, validation))
 
     def save(self, last: bool) -> None:
-        """Save and export what this step is due for. Raises CheckpointError if the last step's save fails, or too many
+        """Save and export what this step is due for. Raises SaveError if the last step's save fails, or too many
         in a row."""
         step, persistence = self.progress.step, self.persistence
         if persistence.is_due(step, last) or persistence.export_is_due(step, last):
@@ -412,7 +412,7 @@ class Trainer:
         results = persistence.finish() if last else persistence.poll()
         self.note_saves(results)
         if last and (errors := [result.error for result in results if result.step == step and result.error]):
-            raise CheckpointError(errors[-1])
+            raise SaveError(errors[-1])
 
     def note_saves(self, results: Sequence[SaveResult]) -> None:
         """Record saves that have ended."""

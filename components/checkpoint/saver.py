@@ -32,7 +32,7 @@ from components.checkpoint.ranks import describe
 from components.checkpoint.staging import Stage
 from components.checkpoint.state import of_model
 from components.checkpoint.storage import Folder
-from components.runtime.errors import CheckpointError, CommunicationError, EspalierError
+from components.runtime.errors import CheckpointError, CommunicationError, EspalierError, SaveError
 from components.runtime.logging import logger
 
 Mode = Literal["disabled", "async", "async_with_pinned_mem"]
@@ -141,14 +141,14 @@ class Saver:
     def poll(self) -> list[SaveResult]:
         """From the training thread, every step: results of saves that have ended on all ranks. Collective.
 
-        Costs an exchange of a number while a save is under way, else nothing. Raises CheckpointError on all ranks alike
+        Costs an exchange of a number while a save is under way, else nothing. Raises SaveError on all ranks alike
         with the `max_failed_saves`-th failed save in a row, and if the ranks can no longer save together.
         """
         results = []
         while self._unreported and self._has_ended(self._unreported[0]):
             results.append(self._report())
         if self._fatal:
-            raise CheckpointError(
+            raise SaveError(
                 f"checkpoint.max_failed_saves = {self._max_failed}: the last {len(self._fatal)} saves have failed: "
                 + "; ".join(self._fatal)
             )
@@ -166,7 +166,7 @@ class Saver:
         """Wait for the save that is under way. Collective, from the training thread.
 
         That thread gets all results that `poll` has not given; another one that of the last save, whoever began it.
-        Raises CheckpointError only if the ranks can no longer save together: look at the results.
+        Raises SaveError only if the ranks can no longer save together: look at the results.
         """
         self.wait()
         if not self._is_owner():
@@ -274,7 +274,7 @@ class Saver:
         if self._ranks.size > 1:
             dist.all_gather_object(texts, text)
         told = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(texts) if text)
-        raise CheckpointError(f"{self._checkpointer.failing(save.step)}: {told}") from save.broken
+        raise SaveError(f"{self._checkpointer.failing(save.step)}: {told}") from save.broken
 
     def _log(self, level: int, text: str) -> None:
         if self._ranks.first:
@@ -282,8 +282,8 @@ class Saver:
 
 
 def _result_of(save: _Save) -> SaveResult:
-    """The result of a save that has ended. Raises CheckpointError if it broke on this rank."""
+    """The result of a save that has ended. Raises SaveError if it broke on this rank."""
     if save.result is None:
         text = describe(save.broken) if save.broken is not None else "its thread has ended"
-        raise CheckpointError(f"step-{save.step} could not be saved: {text}") from save.broken
+        raise SaveError(f"step-{save.step} could not be saved: {text}") from save.broken
     return save.result

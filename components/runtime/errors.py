@@ -43,6 +43,12 @@ class CheckpointError(EspalierError):
     exit_code = ExitCode.INPUT
 
 
+class SaveError(CheckpointError):
+    """A checkpoint that could not be written, so that work would be lost."""
+
+    exit_code = ExitCode.FAILED
+
+
 class NonFiniteError(EspalierError):
     """A loss or gradient that is not finite, found before the optimizer step."""
 
