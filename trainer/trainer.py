@@ -169,7 +169,10 @@ class Trainer:
         )
 
     def train(self) -> None:
-        """Train to `training.steps`, or to the end of the data. Raises NonFiniteError, SpikeError, DataError, SaveError."""
+        """Train to `training.steps`, or to the end of the data.
+
+        Raises NonFiniteError, SpikeError, DataError, SaveError.
+        """
         steps, start = self.job.training.steps, self.progress.step
         if self.job.checkpoint.create_seed_checkpoint:
             self.persistence.save_seed(self.parts, self.identity)
