@@ -1,8 +1,8 @@
 """What the evidence came to: `figures.json`, from which `docs/reliability.md` is generated.
 
-The slow tests write it when ESPALIER_RECORD is set, and the result is checked in; without, they only assert:
+The tests write it when ESPALIER_RECORD is set, and the result is checked in; without, they only assert:
 
-    ESPALIER_RECORD=1 pytest tests/reliability -m slow && scripts/generate_docs.py
+    ESPALIER_RECORD=1 pytest tests/reliability && scripts/generate_docs.py
 """
 
 import json
