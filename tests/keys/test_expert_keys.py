@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from tests.keys.jobs import SMALL, surroundings
@@ -32,15 +31,15 @@ def looked_at(argv: list[str], environ: dict[str, str]) -> dict[str, Any]:
     class Watching(Trainer):
         found: dict[str, Any]
 
-        def accept(self, loss: float, grad_norm: float, local_sums: Tensor) -> bool:
+        def update(self, rows: Any, facts: Any) -> Any:
             moe = self.models[0].get_submodule("layers.0.moe")
             weight, gate = (moe.get_parameter(name) for name in ("experts.w1", "router.gate.weight"))
             gradient = gate.grad.full_tensor() if isinstance(gate.grad, DTensor) else gate.grad
             buffers = dict(moe.named_buffers())
             counts = buffers["tokens_per_expert"].clone() if "tokens_per_expert" in buffers else None
             local = weight.to_local() if isinstance(weight, DTensor) else weight
-            self.found = {"loss": loss, "shape": tuple(local.shape), "gate": gradient, "counts": counts}
-            return super().accept(loss, grad_norm, local_sums)
+            self.found = {"loss": facts.values.loss, "shape": tuple(local.shape), "gate": gradient, "counts": counts}
+            return super().update(rows, facts)
 
     resolved = load_job(argv, os.environ)
     import_custom(resolved.job.experimental.custom_import)

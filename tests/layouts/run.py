@@ -18,7 +18,9 @@ from tests.ranks import run_ranks
 from tests.trainer.runs import meeting_point
 
 if TYPE_CHECKING:
+    from components.data.loader import StepRows
     from components.metrics.meter import StepValues
+    from trainer.trainer import StepFacts
 
 
 def run(layout: Layout, folder: Path, aliases: dict[str, str], mutant: str = "", timeout: float = 120) -> Facts:
@@ -73,11 +75,11 @@ def record(argv: list[str], environ: dict[str, str], mutant: str, ranks: int) ->
                 for name, value in (*model.named_parameters(), *model.named_buffers())
             }
 
-        def accept(self, loss: float, grad_norm: float, local_sums: Tensor) -> bool:
+        def update(self, rows: "StepRows", facts: "StepFacts") -> "StepValues | None":
             if self.progress.step == 1:
                 named = [pair for model in self.models for pair in model.named_parameters()]
                 self.gradients = {name: _pieces(p.grad) for name, p in named if p.grad is not None}
-            return super().accept(loss, grad_norm, local_sums)
+            return super().update(rows, facts)
 
         def finish_step(self, values: "StepValues", last: bool) -> None:
             super().finish_step(values, last)

@@ -59,17 +59,16 @@ def _trained(argv: list[str]) -> Computed:
     found = Computed()
 
     class Watching(Trainer):
-        def accept(self, loss: float, grad_norm: float, local_sums: Tensor) -> bool:
+        def update(self, rows: Any, facts: Any) -> Any:
             if self.progress.step == 1:
                 named = [pair for model in self.models for pair in model.named_parameters()]
                 found.gradients = {name: _whole(p.grad) for name, p in named if p.grad is not None}
-            return super().accept(loss, grad_norm, local_sums)
+            return super().update(rows, facts)
 
-        def train_step(self, rows: Any) -> Any:
-            values = super().train_step(rows)
+        def finish_step(self, values: Any, last: bool) -> None:
+            super().finish_step(values, last)
             loss, largest, norm = map(float, values)
             found.steps.append((loss, largest, norm, self.progress.tokens))
-            return values
 
     resolved = load_job(argv, os.environ)
     import_custom(resolved.job.experimental.custom_import)
