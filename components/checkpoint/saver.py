@@ -68,6 +68,8 @@ class _Save:
     result: SaveResult | None = None
     row: tuple[str, ...] = ()
     """Errors of the failed saves in a row that it is the last of."""
+    apart: bool = False
+    """Whether it is no checkpoint of the job's, so that it ends no row."""
     broken: Exception | None = None
     everywhere: bool = False
     """Whether all ranks are known to have ended it."""
@@ -121,6 +123,7 @@ class Saver:
         as a failed save. `wait`: save in this thread and without a copy, whatever the mode.
         """
         save, store = self._next(step, kind), through or self._checkpointer
+        save.apart = through is not None
         taken = of_model(tensors) if kind == "model_only" else tensors
         given = state() if callable(state) else state
 
@@ -247,8 +250,10 @@ class Saver:
     def _conclude(self, save: _Save, size: int, error: str | None) -> None:
         seconds = time.perf_counter() - save.begun
         stall = save.stall if save.thread is not None else seconds
-        self._failed = save.row = (*self._failed, error) if error is not None else ()
+        if error is None and not save.apart:
+            self._failed = ()
         if error is not None:
+            self._failed = save.row = (*self._failed, error)
             allowed = f"{len(save.row)} of {self._max_failed} failed saves in a row (checkpoint.max_failed_saves)"
             self._log(logging.ERROR, f"{error}; earlier checkpoints are as they were; {allowed}")
         elif size:

@@ -165,6 +165,20 @@ def test_failed_saves_are_counted_until_they_are_too_many(
     assert all(" MB in " in text and ", training waited " in text for text in saved)
 
 
+def test_what_is_saved_only_to_be_exported_does_not_end_a_row_of_failures(tmp_path: Path) -> None:
+    """It is no checkpoint: a job whose checkpoints all fail stops, however well its exports go."""
+    run = saver(tmp_path / "checkpoint", "disabled", most=2)
+    beside = Checkpointer(tmp_path / "export", keep_latest_k=0, group=None)
+    with full_disk():
+        run.save(2, tensors(2), STATE, JOB)
+    run.save(3, tensors(3), {}, JOB, kind="model_only", through=beside)
+    assert [r.error is None for r in run.poll()] == [False, True]
+    with full_disk():
+        run.save(4, tensors(4), STATE, JOB)
+    with pytest.raises(CheckpointError, match=r"^checkpoint\.max_failed_saves = 2: the last 2 saves have failed: "):
+        run.poll()
+
+
 def test_a_save_waits_for_the_one_before(tmp_path: Path) -> None:
     run, release = saver(tmp_path, "async"), threading.Event()
     with held(release):
