@@ -206,7 +206,8 @@ class Persistence:
     def _progress(self, source: Source, state: Mapping[str, Any], parts: Parts) -> Progress:
         """What the state says, given to whom it is for."""
         progress = Progress(**state.get("train_state", {}))
-        start = state["lr_scheduler"]["start"] if "lr_scheduler" in state else progress.step
+        whole = {"train_state", "lr_scheduler"} <= {*state}  # where one counts anew, the other cannot go on
+        start = state["lr_scheduler"]["start"] if whole else progress.step
         progress.schedule_start = start
         if "train_state" in state and (progress.step != source.manifest.step or progress.tokens < 0):
             raise CheckpointError(f"checkpoint {source.describe()}: its train_state is of step {progress.step}")

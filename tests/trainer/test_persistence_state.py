@@ -89,6 +89,16 @@ def test_a_state_that_cannot_be_is_refused(
     assert outcome.stderr.splitlines()[-1].startswith(f"error: {message}")
 
 
+def test_a_schedule_does_not_begin_after_steps_that_are_counted_anew(whole: Path, tmp_path: Path) -> None:
+    """Its first step would be one long before it, at a negative learning rate."""
+    start = (f"--checkpoint.initial_load_path={whole}/checkpoint/step-2", "--checkpoint.initial_load_model_only=false")
+    leave = "--checkpoint.exclude_from_loading="
+    train(1, tmp_path / "a", *SAVING, *start, f"{leave}lr_scheduler", "--training.steps=4")  # begins at step 2
+    start = (f"--checkpoint.initial_load_path={tmp_path}/a/checkpoint/step-4", start[1])
+    rates = [record["lr"] for record in train(1, tmp_path / "b", *SAVING, *start, f"{leave}train_state")]
+    assert rates == [record["lr"] for record in records(whole)]
+
+
 def test_what_became_of_saves_is_recorded(whole: Path) -> None:
     (event,) = [e for e in map(json.loads, (whole / "metrics.jsonl").read_text().splitlines()) if "event" in e]
     manifest = json.loads((whole / "checkpoint/step-2/manifest.json").read_bytes())
