@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from components.runtime.errors import CheckpointError, ConfigError
 from components.runtime.logging import logger
 from trainer.exports import Exports, place
 from trainer.parts import Parts, Progress
+from trainer.run_folder import STARTED
 
 NO_ADAPTER = "the model's family does not say how Hugging Face writes it (TrainSpec.state_dict_adapter)"
 EXPORT_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -72,6 +74,7 @@ class Persistence:
         self.saver = Saver(self.store, mode=config.async_mode, max_failed_saves=config.max_failed_saves)
         self.saved_step = -1
         self._loaded = -1
+        self._under_way = False
         self._adapter, self._args = adapter, args
         self.exports = self._build_exports(job, group)
         if config.enable and not config.load_only:
@@ -97,13 +100,14 @@ class Persistence:
 
     def _find(self) -> Source | None:
         """What to start from: a step of one's own folder, else `initial_load_path`, else nothing. Weights at step 0 are
-        a seed; a job that was stopped before its first step has everything at step 0."""
-        step = None
-        if self.config.resume == "never" and not _restarted():
+        a seed; a job that was stopped before its first step has everything at step 0. Workers that torchrun has started
+        again go on from what they have saved, wherever the job began."""
+        step, self._under_way = None, self._is_under_way()
+        if self.config.resume == "never" and not self._under_way:
             if not self.config.load_only:
                 self.store.supersede(None)
         else:
-            step = self.store.resolve(self.config.load_step, self.config.resume)
+            step = self.store.resolve(-1 if self._under_way else self.config.load_step, self.config.resume)
         if step is not None:
             manifest = self.store.read_manifest(step)
             return Source(step, manifest, model_only=step == 0 and manifest.kind == "model_only")
@@ -113,6 +117,24 @@ class Persistence:
             return None
         path = self.config.initial_load_path
         return Source(path, self.store.read_manifest(path), model_only=self.config.initial_load_model_only)
+
+    def _is_under_way(self) -> bool:
+        """Whether torchrun has started the workers again, and they have saved something before. Collective."""
+        steps = self.store.ranks.on_first(self.store.steps) if _restarted() else []
+        if not steps:
+            return False
+        if since := os.environ.get(STARTED):  # our launcher's
+            began = datetime.fromtimestamp(int(float(since)), UTC).isoformat(timespec="seconds")
+            return self.store.read_manifest(steps[-1]).created >= began
+        return steps[-1] > self.config.load_step
+
+    def _left_out(self, source: Source) -> set[str]:
+        """Parts that are not loaded. What this job has made of its start is not that start."""
+        config = self.config
+        own_start = config.initial_load_path is None or config.load_step != -1
+        if source.own and (self._under_way or not own_start):
+            return set()
+        return {*config.exclude_from_loading}
 
     @property
     def saved_sizes(self) -> dict[str, int]:
@@ -137,12 +159,13 @@ class Persistence:
             if self.config.enable and self.config.initial_load_in_hf and self.config.initial_load_path:
                 self._load_hf(self.config.initial_load_path, parts)
             return Progress()
-        if source.own and not source.model_only and "train_state" in self.config.exclude_from_loading:
+        left_out = self._left_out(source)
+        if source.own and not source.model_only and "train_state" in left_out:
             raise ConfigError(
                 "checkpoint.exclude_from_loading = 'train_state': steps would count from 0 in a folder that holds"
                 f" step-{source.step}; start from it with checkpoint.initial_load_path in a new job.dump_folder"
             )
-        exclude = {*self.config.exclude_from_loading, *(ALL_BUT_MODEL if source.model_only else ())}
+        exclude = {*left_out, *(ALL_BUT_MODEL if source.model_only else ())}
         progress = self._restore(source, parts, identity, exclude)
         if isinstance(source.step, int):
             self.saved_step = source.step
@@ -166,7 +189,7 @@ class Persistence:
         step = self.store.latest()
         if step is None or self.store.read_manifest(step).kind != "training":
             return None
-        partly = self.source is not None and self.source.step == step and self.config.exclude_from_loading
+        partly = self.source is not None and self.source.step == step and self._left_out(self.source)
         return None if partly else step
 
     def reload(self, step: int, parts: Parts, identity: JobIdentity) -> Progress:
@@ -324,7 +347,7 @@ class Persistence:
 
 
 def _restarted() -> bool:
-    """Whether torchrun has started the workers again: what is there is then of this course already."""
+    """Whether torchrun has started the workers again."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 

@@ -110,6 +110,30 @@ def test_a_restart_by_torchrun_does_not_begin_again(saved: Done) -> None:
     assert "loaded step-2\n" in outcome.stderr
 
 
+@pytest.mark.parametrize(("since", "loaded"), [("0", "loaded step-2\n"), ("9e9", "loaded step-1, all but optimizer\n")])
+def test_a_restart_by_torchrun_goes_on_from_what_the_job_has_saved_since_it_began(
+    since: str, loaded: str, saved: Done, tmp_path: Path
+) -> None:
+    """Not from where it began, with the same parts left out: unless it did not come as far as to save."""
+    shutil.copytree(saved.folder, tmp_path / "run")
+    begin = ("--checkpoint.load_step=1", "--checkpoint.exclude_from_loading=optimizer")
+    argv = [*SMALL, *SAVING, *begin, f"--job.dump_folder={tmp_path}/run"]
+    (outcome,) = run_ranks(1, restart, argv, surroundings() | {"ESPALIER_STARTED": since}, backend=None)
+    assert outcome.code == 0, outcome.stderr
+    assert loaded in outcome.stderr
+
+
+def test_what_is_left_out_of_another_job_s_checkpoint_is_not_left_out_of_one_s_own(saved: Done) -> None:
+    """The same command goes on: neither from step 0, nor without what it had come to."""
+    start = (f"--checkpoint.initial_load_path={saved.folder}/checkpoint/step-1", "--training.steps=3")
+    parts = ("--checkpoint.initial_load_model_only=false", "--checkpoint.exclude_from_loading=train_state,optimizer")
+    folder = f"--job.dump_folder={saved.folder.parent}/tuned"
+    first, again = run(saved, *[(*SAVING, *start, *parts, folder)] * 2)
+    assert "checkpoint/step-1, all but optimizer, train_state\n" in first.outcome.stderr
+    assert again.outcome.code == 0, again.outcome.stderr
+    assert "loaded step-3\n" in again.outcome.stderr
+
+
 def test_what_it_cannot_go_with() -> None:
     assert problems(("--checkpoint.enable", NEVER, "--checkpoint.load_step=3")) == [
         'checkpoint.resume = "never": nothing in checkpoint.folder is loaded, but checkpoint.load_step is 3; leave that'
