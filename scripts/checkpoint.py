@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs as a script, from any folder
 
 from components.checkpoint.inspect import Found, describe_layout, prune, size_of, survey
-from components.runtime.errors import EspalierError
+from components.runtime.errors import CheckpointError, EspalierError
 
 
 def list_all(args: argparse.Namespace) -> int:
@@ -39,9 +39,12 @@ def _row(found: Found, hashes: bool) -> tuple[str, ...]:
 
 
 def verify(args: argparse.Namespace) -> int:
-    """`verify`: of other folders than checkpoints nothing is said."""
-    bad = 0
-    for found in survey(args.path, hashes=True):
+    """`verify`: beside checkpoints nothing is said of other folders."""
+    bad, everything = 0, survey(args.path, hashes=True)
+    if all(found.other for found in everything):
+        there = ", ".join(found.name for found in everything)
+        raise CheckpointError(f"'{args.path}': no checkpoint in it; there is {there}")
+    for found in everything:
         if not found.other:
             bad += found.problem is not None
             print(f"{found.name}: {found.problem or 'whole'}")

@@ -13,8 +13,8 @@ from torch.distributed import ProcessGroup
 
 from components.checkpoint.checkpointer import Checkpointer
 from components.checkpoint.hf_config import Adapter
-from components.checkpoint.hf_export import export_hf
-from components.checkpoint.inspect import examine
+from components.checkpoint.hf_export import export_hf, tokenizer_files
+from components.checkpoint.inspect import require_checkpoint
 from components.checkpoint.manifest import Manifest, read_manifest
 from components.checkpoint.ranks import Ranks
 from components.checkpoint.storage import Folder, open_folder, open_storage, step_folders, step_name
@@ -62,6 +62,11 @@ class Exports:
         each = self.config.export_interval
         return (last and self.config.last_save_in_hf) or bool(each and step % each == 0)
 
+    def is_missing(self, step: int) -> bool:
+        """Whether nothing is there of that step. Collective."""
+        name = step_name(step)
+        return not self.ranks.on_first(lambda: self.target.exists(name), f"cannot export to '{self.target.path}'")
+
     def run(self, source: Folder) -> None:
         """Export a checkpoint. Raises CheckpointError on all ranks. Collective."""
         what = f"cannot export {source.name}"
@@ -85,19 +90,19 @@ def export_checkpoint(path: str, out: str, dtype: str, assets: str | None, custo
     ConfigError for a model that is not known or cannot be exported, CheckpointError for one that is broken.
     """
     source, ranks = open_folder(path), Ranks(None)
-    found = examine(source, hashes=True)
-    if found.manifest is None or found.problem:
-        raise CheckpointError(f"'{path}': {found.problem}")
+    manifest = require_checkpoint(source)
+    if assets is not None and not tokenizer_files(assets):
+        raise ConfigError(f"--assets: no tokenizer's files in '{assets}'")
     import_custom(custom_import)
-    name, flavor = _model_of(found.manifest)
+    name, flavor = _model_of(manifest)
     adapter = families.lookup(name).load().state_dict_adapter
     if adapter is None:
         raise ConfigError(f"model.name = {name!r}: its family does not say how Hugging Face writes it")
     target = open_storage(out)
     ranks.on_first(target.prepare, f"'{out}' cannot be written to")
-    folder = step_name(found.manifest.step)
+    folder = step_name(manifest.step)
     args = get_args(name, flavor)
-    export_hf(source, found.manifest, target, folder, adapter, args, dtype=dtype, ranks=ranks, assets=assets)
+    export_hf(source, manifest, target, folder, adapter, args, dtype=dtype, ranks=ranks, assets=assets)
     return target.folder(folder).path
 
 

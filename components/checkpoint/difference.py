@@ -12,11 +12,10 @@ from torch import Tensor
 
 from components.checkpoint.contents import read_files
 from components.checkpoint.fingerprint import compare_fingerprints
-from components.checkpoint.inspect import examine
+from components.checkpoint.inspect import require_checkpoint
 from components.checkpoint.manifest import Manifest
 from components.checkpoint.storage import Folder
 from components.checkpoint.tensors import Index, TensorEntry, read_tensors
-from components.runtime.errors import CheckpointError
 
 _CHUNK = 1 << 22
 _SHOWN = 60
@@ -41,11 +40,9 @@ class Side:
 
 def open_side(folder: Folder) -> Side:
     """A checkpoint to compare, every byte of it verified. Raises CheckpointError, OSError."""
-    found = examine(folder, hashes=True)
-    if found.manifest is None or found.problem:
-        raise CheckpointError(f"'{folder.path}': {found.problem}")
-    index, state = read_files(folder, found.manifest)
-    return Side(folder, found.manifest, index, state)
+    manifest = require_checkpoint(folder)
+    index, state = read_files(folder, manifest)
+    return Side(folder, manifest, index, state)
 
 
 class Comparison:

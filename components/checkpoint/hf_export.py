@@ -176,7 +176,7 @@ def _write_raw(file: HashedFile, tensor: Tensor) -> None:
 
 def _write_small(folder: Folder, small: Mapping[str, bytes], assets: str | None) -> list[FileEntry]:
     entries = [write_file(folder, name, data) for name, data in small.items()]
-    return entries + [_copy(path, folder) for path in _tokenizer(assets)]
+    return entries + [_copy(path, folder) for path in tokenizer_files(assets)]
 
 
 def _copy(path: Path, folder: Folder) -> FileEntry:
@@ -190,11 +190,12 @@ def _digest(manifest: Manifest, words: str, shard_bytes: int, small: Mapping[str
     """What an export's bytes follow from."""
     files = [[entry.name, entry.size, entry.hashes] for entry in manifest.files]
     other = {name: hashlib.sha256(data).hexdigest() for name, data in small.items()}
-    other |= {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in _tokenizer(assets)}
+    other |= {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in tokenizer_files(assets)}
     return hashlib.sha256(_json({"files": files, "type": words, "shards": shard_bytes, "other": other})).hexdigest()
 
 
-def _tokenizer(assets: str | None) -> list[Path]:
+def tokenizer_files(assets: str | None) -> list[Path]:
+    """Those of a tokenizer in a local folder that are exported too."""
     found = [Path(assets) / name for name in ASSETS] if assets is not None else []
     return [path for path in found if path.is_file()]
 

@@ -75,6 +75,17 @@ def examine(folder: Folder, hashes: bool) -> Found:
     return Found(folder.name, manifest, "; ".join(changed) or None)
 
 
+def require_checkpoint(folder: Folder) -> Manifest:
+    """The manifest of a checkpoint whose every byte is as it was saved. Raises CheckpointError for what is none."""
+    found = examine(folder, hashes=True)
+    if found.manifest is None or found.problem:
+        raise CheckpointError(f"'{folder.path}': {found.problem}")
+    if found.manifest.kind == "hf":
+        why = "an export of weights as Hugging Face safetensors: give a checkpoint"
+        raise CheckpointError(f"'{folder.path}': {why}")
+    return found.manifest
+
+
 def chunks_of(manifest: Manifest) -> list[tuple[FileEntry, int]]:
     """Every chunk that has a hash, as (file, index)."""
     return [(entry, index) for entry in manifest.files for index in range(len(entry.hashes))]
@@ -126,10 +137,12 @@ def prune(root: str, keep: int, dry_run: bool) -> list[Fate]:
     Those that stay are checked to the last byte first: a broken one does not count, and is not deleted. What else is in
     the folder is not touched. Raises CheckpointError.
     """
-    storage = open_storage(root)
+    storage, everything = open_storage(root), survey(root, hashes=False)
+    if MANIFEST in open_folder(root).names():
+        raise CheckpointError(f"'{root}': a checkpoint: give the folder that it is in")
     valid = {
         found.manifest.step: found.manifest
-        for found in survey(root, hashes=False)
+        for found in everything
         if found.manifest and not found.problem and step_of(found.name) is not None
     }
     fates = []

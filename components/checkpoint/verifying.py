@@ -51,7 +51,9 @@ class Verifier:
 
     def manifest(self, step: int | Path | str) -> Manifest:
         """The manifest; sizes are checked, hashes are not. Collective. Raises CheckpointError."""
-        return self._ranks.on_first(lambda: self._read(step), f"checkpoint {self.folder(step).name}")
+        folder = self.folder(step)
+        name = folder.name if isinstance(step, int) else f"'{folder.path}'"
+        return self._ranks.on_first(lambda: self._read(step), f"checkpoint {name}")
 
     def _read(self, step: int | Path | str) -> Manifest:
         manifest = read_manifest(self.folder(step))

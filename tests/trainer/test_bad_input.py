@@ -126,7 +126,7 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "weights that are not there": (
         ("--checkpoint.enable", "--checkpoint.initial_load_path=nowhere"),
-        "checkpoint nowhere: no manifest.json in it: not a checkpoint of Espalier, or one that was never finished",
+        "checkpoint 'nowhere': no manifest.json in it: not a checkpoint of Espalier, or one that was never finished",
     ),
     "an optional package": (
         ("--metrics.enable_wandb",),

@@ -280,6 +280,9 @@ def _checkpoint(job: JobConfig) -> Problems:
             'checkpoint.resume = "never": nothing in checkpoint.folder is loaded, but checkpoint.load_step is'
             f' {job.checkpoint.load_step}; leave that out, or set this to "auto" or "must"'
         )
+    start = job.checkpoint.initial_load_path or ""
+    if "://" in start and (problem := protocol_problem(start)):
+        yield f"checkpoint.initial_load_path = {toml_literal(start)}: {problem}"
     if job.checkpoint.create_seed_checkpoint:
         yield from _seed(job.checkpoint)
     if job.checkpoint.enable:

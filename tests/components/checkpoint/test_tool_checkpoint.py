@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from components.checkpoint.fingerprint import JobIdentity
-from components.checkpoint.manifest import MANIFEST
+from components.checkpoint.manifest import MANIFEST, Manifest, render
 from scripts.checkpoint import main
 from tests.components.checkpoint.support import JOB, STATE, checkpointer, save, tensors
 
@@ -33,6 +33,13 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int
     code = main([str(argument) for argument in arguments])
     told = capsys.readouterr()
     return code, CREATED.sub("WHEN", told.out + told.err).splitlines()
+
+
+def export(folder: Path, job: JobIdentity) -> None:
+    """What an export's manifest looks like, without the weights."""
+    folder.mkdir(parents=True)
+    manifest = Manifest(1, "hf", "2026-01-01T00:00:00+00:00", [], job.fingerprint, {}, "", {}, None)
+    (folder / MANIFEST).write_bytes(render(manifest))
 
 
 def cut(folder: Path) -> int:
@@ -100,6 +107,16 @@ def test_verify(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "verify", f"file://{root}/step-1") == (0, ["step-1: whole"])
 
 
+def test_verify_of_a_folder_without_checkpoints_verifies_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path / "out/checkpoint", 1)
+    (tmp_path / "out/checkpoint/step-1").rename(tmp_path / "out/checkpoint/step-1.superseded-01")
+    for folder, there in (("out", "checkpoint"), ("out/checkpoint", "step-1.superseded-01")):
+        told = f"error: '{tmp_path}/{folder}': no checkpoint in it; there is {there}"
+        assert run(capsys, "verify", tmp_path / folder) == (2, [told])
+
+
 def test_diff(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "diff", root / "step-1", root / "step-1") == (
         0,
@@ -135,6 +152,15 @@ def test_diff(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[0].startswith(f"error: '{root}/step-3': state.json: bytes 0 to ")
 
 
+def test_diff_is_of_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path, 1)
+    export(tmp_path / "hf/step-1", JOB)
+    told = f"error: '{tmp_path}/hf/step-1': an export of weights as Hugging Face safetensors: give a checkpoint"
+    assert run(capsys, "diff", tmp_path / "step-1", tmp_path / "hf/step-1") == (2, [told])
+    assert run(capsys, "export", tmp_path / "hf/step-1", tmp_path / "out") == (2, [told])
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_is_not_finite_has_no_distance(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mine = tensors(1)
     mine["model.w"][0, 0] = torch.nan
@@ -163,6 +189,12 @@ def test_prune(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert size == (root / "step-5/state.json").stat().st_size
 
 
+def test_prune_of_one_checkpoint(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = [f"error: '{root}/step-1': a checkpoint: give the folder that it is in"]
+    assert run(capsys, "prune", root / "step-1", "--keep", "1") == (2, told)
+    assert (root / "step-1" / MANIFEST).is_file()
+
+
 def test_prune_keeps_what_training_can_resume_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save(tmp_path, 1, 2)
     checkpointer(tmp_path).save_model(3, tensors(3), JOB, torch.bfloat16)
@@ -187,6 +219,16 @@ def test_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, lines = run(capsys, "export", tmp_path / "step-1", tmp_path / "out")
     assert code == 2
     assert lines[0].startswith(f"error: '{tmp_path}/step-1': state.json: bytes 0 to ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_export_wants_a_tokenizer_where_it_is_said_to_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path, 1)
+    (tmp_path / "empty").mkdir()
+    for folder in ("nowhere", "empty"):
+        told = f"error: --assets: no tokenizer's files in '{tmp_path}/{folder}'"
+        asked = run(capsys, "export", tmp_path / "step-1", tmp_path / "out", "--assets", tmp_path / folder)
+        assert asked == (2, [told])
     assert not (tmp_path / "out").exists()
 
 

@@ -200,6 +200,11 @@ FILES: dict[str, tuple[str, ...]] = {
         'a.toml:2: checkpoint.folder = "nothing://x/y": fsspec knows no nothing://; give a path, or a URL as in'
         " s3://bucket/name",
     ),
+    "a URL of nothing to start from": (
+        "[checkpoint]\ninitial_load_path = 'nothing://x/y'\n",
+        'a.toml:2: checkpoint.initial_load_path = "nothing://x/y": fsspec knows no nothing://; give a path, or a URL'
+        " as in s3://bucket/name",
+    ),
     "a folder outside": (
         "[checkpoint]\nfolder = '../all'\n",
         'a.toml:2: checkpoint.folder = "../all": must be a relative path without .. that stays inside job.dump_folder'
