@@ -24,11 +24,11 @@ from components.checkpoint.hf_import import load_hf
 from components.checkpoint.manifest import Manifest
 from components.checkpoint.saver import Saver, SaveResult
 from components.checkpoint.state import ALL_BUT_MODEL, check_exclude
-from components.checkpoint.storage import Folder
+from components.checkpoint.storage import Folder, step_name
 from components.config.job_config import JobConfig
 from components.runtime import seeds
 from components.runtime.distributed import new_host_group
-from components.runtime.errors import CheckpointError, ConfigError
+from components.runtime.errors import CheckpointError, ConfigError, SaveError
 from components.runtime.logging import logger
 from trainer.exports import Exports, place
 from trainer.parts import Parts, Progress
@@ -270,6 +270,21 @@ class Persistence:
             # As they are: the export narrows them, and refuses values that it cannot hold.
             how = {"through": exports.scratch, "then": exports.run_and_drop, "dtype": None}
             self._save_weights(progress, parts, identity, **how)
+
+    def export_missed(self, last: bool) -> None:
+        """Export the checkpoint that the job goes on from, if it was killed before it had. Before training. Raises
+        SaveError for the `last` step's. Collective."""
+        exports, step = self.exports, self._loaded
+        if exports is None or step < 1 or not exports.is_due(step, last):
+            return
+        try:
+            if exports.is_missing(step):
+                exports.run(self.store.storage.folder(step_name(step)))
+        except CheckpointError as error:
+            if last:
+                raise SaveError(str(error)) from error
+            if self.store.ranks.first:
+                logger.error("%s; the checkpoint is as it was", error)
 
     def save(
         self,

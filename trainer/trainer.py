@@ -177,6 +177,7 @@ class Trainer:
         if self.job.checkpoint.create_seed_checkpoint:
             self.persistence.save_seed(self.parts, self.identity)
             return
+        self.persistence.export_missed(last=start >= steps)
         if start >= steps:
             logger.info("nothing to do: step %d of training.steps = %d is done", start, steps)
             return
@@ -185,6 +186,8 @@ class Trainer:
             while self.train_on():
                 pass
         if self.progress.step < steps:
+            if self.progress.step == start:
+                self.persistence.export_missed(last=True)
             self.explain_end(start)
 
     def train_on(self) -> bool:

@@ -1,6 +1,7 @@
 """What the keys about Hugging Face weights do: which exports a job leaves, and that another starts from one."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -69,6 +70,22 @@ def test_what_is_exported(done: dict[str, Done]) -> None:
     alone = weights(done["interval"], "export/step-2")  # of a step that is no checkpoint
     assert all(torch.equal(early[key].half(), value) for key, value in alone.items())
     assert not all(torch.equal(early[key], late[key]) for key in late)
+
+
+def test_an_export_that_a_kill_came_before_is_made_when_the_job_goes_on(done: dict[str, Done]) -> None:
+    """The checkpoint is there first, so that nothing else would be due for its step again."""
+    folders = {name: done["last"].folder.parent / f"{name} again" for name in ("last", "interval")}
+    for folder in folders.values():
+        shutil.copytree(done["last"].folder, folder)
+        shutil.rmtree(folder / "export")
+    there = {name: f"--job.dump_folder={folder}" for name, folder in folders.items()}
+    more = ("--checkpoint.export_interval=3", "--training.steps=4")
+    run_jobs(folders["last"].parent / "again", {"last": (*LAST, there["last"])})
+    run_jobs(folders["last"].parent / "on", {"interval": (*SAVING, *more, there["interval"])})
+    for folder in folders.values():
+        assert sorted(path.name for path in (folder / "export").glob("step-*")) == ["step-3"]
+        again = (folder / "export/step-3/model.safetensors").read_bytes()
+        assert again == (done["last"].folder / "export/step-3/model.safetensors").read_bytes()
 
 
 def test_the_type_of_an_export(done: dict[str, Done]) -> None:

@@ -161,8 +161,9 @@ def test_data_that_end_close_the_job_properly(tmp_path: Path) -> None:
     assert 1 < last < 50
     assert f"the data ended after step {last} of 50" in outcome.stderr
     assert [path.name for path in (tmp_path / "checkpoint").iterdir()] == [f"step-{last}"]
-    (outcome,) = launch(1, tmp_path, *arguments, "--training.steps=50")
+    (outcome,) = launch(1, tmp_path, *arguments, "--training.steps=50", "--checkpoint.last_save_in_hf")
     assert outcome.code == 0
+    assert (tmp_path / f"export/step-{last}/model.safetensors").is_file()  # as if a kill had come before it
     assert f"nothing to do: the data ended after step {last} of 50" in outcome.stderr
 
 
