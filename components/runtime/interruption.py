@@ -13,7 +13,6 @@ a step; and to fork a process that saves, which can neither use CUDA nor gloo.
 
 import logging
 import multiprocessing
-import select
 import signal
 import socket
 import threading
@@ -142,8 +141,7 @@ class Interruption:
         """The listener's thread: signals, and two clocks."""
         state = self._state
         while not state.closed:
-            ready, _, _ = select.select([self._woken], [], [], self._seconds())
-            for number in self._woken.recv(4096) if ready else b"":
+            for number in self._heard():
                 if number in SIGNALS:
                     self._signalled(signal.Signals(number))
             if self._stop_at is not None and time.time() >= self._stop_at:
@@ -151,6 +149,14 @@ class Interruption:
                 self._wanted(Request(Wish.STOP, "training.exit_after"))
             if state.deadline is not None and time.monotonic() >= state.deadline:
                 self._late()
+
+    def _heard(self) -> bytes:
+        """The numbers of the signals that come before the next clock strikes."""
+        self._woken.settimeout(self._seconds())  # not `select`, which takes no descriptor above 1023
+        try:
+            return self._woken.recv(4096)
+        except (TimeoutError, BlockingIOError):
+            return b""
 
     def _seconds(self) -> float | None:
         """Until the next clock strikes; None if none will."""
@@ -179,17 +185,20 @@ class Interruption:
         if stop:
             state.deadline = time.monotonic() + self._grace
         try:
-            self._ask(request)
+            if self._ask(request) == Wish.DONE:  # another rank was first to say so
+                state.end()
         except (dist.DistError, RuntimeError) as error:
             _say(logging.ERROR, "%s: other ranks cannot be told, nothing is saved: %s", request.reason, _line(error))
             if stop:
                 self._leave(code)
             state.set(busy=False)
 
-    def _ask(self, request: Request) -> None:
+    def _ask(self, request: Request) -> Wish:
+        """Put a request into the order, unless an earlier one does for it; what it is met by."""
         number = self._state.number
-        while not request.met_by(self._requests.write(number, request)):
+        while not request.met_by(there := self._requests.write(number, request)):
             number += 1
+        return there.wish
 
     def _keep(self) -> None:
         """The keeper's thread: one request after the other."""
@@ -198,9 +207,10 @@ class Interruption:
             try:
                 request = self._requests.wait(state.number)
             except (dist.DistError, RuntimeError):  # the store has gone: nobody can ask any more
-                request = Request(Wish.DONE, "no store")
-            if request.wish == Wish.DONE:
                 state.set(over=True)
+                return
+            if request.wish == Wish.DONE:
+                state.end()
                 return
             self._meet(request)
             state.number += 1
@@ -310,11 +320,17 @@ class _State:
     def set(
         self, *, busy: bool | None = None, stopping: bool = False, over: bool = False, closed: bool = False
     ) -> None:
-        """Change what is said; only `busy` is ever taken back."""
+        """Change what is said; only `busy` is taken back here."""
         with self.changed:
             self.busy = self.busy if busy is None else busy
             self.stopping, self.over = self.stopping or stopping, self.over or over
             self.closed = self.closed or closed
+            self.changed.notify_all()
+
+    def end(self) -> None:
+        """Training was over before whatever has been asked for since: no stop is to come."""
+        with self.changed:
+            self.busy, self.stopping, self.over, self.deadline = False, False, True, None
             self.changed.notify_all()
 
     def wait_for(self, predicate: Callable[[], bool], seconds: float | None = None) -> bool:

@@ -1,6 +1,7 @@
 """Requests: in one order for all ranks, whoever asks; and how signals become requests, with actions that only note."""
 
 import os
+import resource
 import signal
 import time
 from typing import NoReturn
@@ -77,3 +78,41 @@ def test_what_comes_after_the_end_is_ignored() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.2)
     assert saved == []
+
+
+class Late(OwnRequests):
+    """News of a request takes its time."""
+
+    def wait(self, number: int) -> Request:
+        request = super().wait(number)
+        time.sleep(0.3)
+        return request
+
+
+def test_a_stop_that_another_ranks_end_has_forestalled_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    requests, saved = Late(), list[str]()
+    monkeypatch.setattr("components.runtime.interruption._requests", lambda *_: requests)
+    with interruption(saved).around() as over:
+        requests.write(0, DONE)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+        over()
+    assert saved == []
+
+
+def test_signals_are_heard_where_many_files_are_open() -> None:
+    """As on a rank that is connected to a thousand others."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    saved, files = list[str](), list[int]()
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+        files += [os.dup(1) for _ in range(1100)]
+        with interruption(saved).around() as over:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(0.2)
+            over()
+    finally:
+        for file in files:
+            os.close(file)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert saved == ["SIGUSR1"]
