@@ -1,7 +1,6 @@
 """Jobs of the resume matrix: packed text, read by two tiny models, and what each step of a run came to.
 
-Brought in by `experimental.custom_import`, and the harness that runs it: the Trainer as it is, but for writing down
-each row of each step with its cursor.
+The Trainer as it is, but for writing down each row of each step with its cursor.
 """
 
 import hashlib
@@ -11,25 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from models.llama3.args import FLAVORS
-from models.llama3.spec import load as load_llama
-from models.qwen3.spec import load as load_qwen
-from models.train_spec import families, register_train_spec
-from tests.layouts import tiny
 from tests.layouts.layout import Layout
 from tests.ranks import run_ranks
 from tests.trainer.runs import meeting_point
 
-VOCABULARY = FLAVORS["debugmodel"].vocab_size
-DENSE = {"dense": replace(tiny.UNTIED, vocab_size=VOCABULARY, n_layers=4)}
-EXPERTS = {"moe": replace(tiny.MOE, vocab_size=VOCABULARY)}
-
-if "resume_llama" not in families:
-    register_train_spec("resume_llama", replace(load_llama(), model_cls=tiny.LoudLlama, model_args=DENSE))
-    register_train_spec("resume_qwen", replace(load_qwen(), model_cls=tiny.LoudQwen, model_args=EXPERTS))
-
 COMMON = (
-    f"--experimental.custom_import={__name__}",
+    f"--experimental.custom_import={__package__}.resume_models",
     "--training.dataset=c4_test",
     "--training.seq_len=48",
     "--training.global_batch_size=8",

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import random
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,9 +41,12 @@ class Outcome:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """One below those that systems give to connections, so that none takes it before a job listens on it."""
+    while True:
+        port = random.randrange(15000, 32000)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def call(argv: list[str], environ: dict[str, str]) -> Outcome:
