@@ -13,6 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch._dynamo import register_backend
+from torch.fx import GraphModule
+
 from components.checkpoint.checkpointer import Checkpointer
 from components.optim.optimizers import Optimizers
 from components.runtime.errors import CheckpointError
@@ -22,7 +25,23 @@ from trainer.validator import Validator
 
 __all__ = ["tiny"]
 
+
+class Compiler:
+    """`--compile.backend=standing`: changes nothing, and can be held in the midst of torch's tracing."""
+
+    @staticmethod
+    def compile(graph: GraphModule) -> Callable[..., Any]:
+        """The graph as it is."""
+        return graph.forward
+
+
+@register_backend(name="standing")
+def standing(graph: GraphModule, _: list[Any]) -> Callable[..., Any]:
+    return Compiler.compile(graph)
+
+
 PLACES: dict[str, tuple[type, str]] = {
+    "compile": (Compiler, "compile"),
     "compute": (Trainer, "compute"),
     "data": (Trainer, "next_rows"),
     "validation": (Validator, "validate"),

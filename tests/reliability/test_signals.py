@@ -59,6 +59,7 @@ def saved(folder: Path) -> list[int]:
 ASYNC = ("--checkpoint.interval=2", "--checkpoint.async_mode=async")
 PHASES = {
     # phase: where the last rank stands and for how many seconds, the arguments, the steps that are saved
+    "compile": ("compile 1 inf", ("--compile.enable", "--compile.backend=standing"), [0]),
     "first step": ("compute 1 inf", (), [0]),
     "forward": ("compute 3 inf", (), [2]),
     "data": ("data 4 inf", (), [3]),
@@ -90,6 +91,7 @@ def stop_and_go_on(phase: str, ranks: int, folder: Path, *arguments: str) -> Non
 @pytest.mark.parametrize(
     ("phase", "ranks"),
     [
+        pytest.param("compile", 1, marks=SLOW),
         pytest.param("first step", 1, marks=SLOW),
         pytest.param("forward", 1, marks=SLOW),
         pytest.param("data", 1, marks=SLOW),
@@ -97,6 +99,7 @@ def stop_and_go_on(phase: str, ranks: int, folder: Path, *arguments: str) -> Non
         pytest.param("optimizer", 1, marks=SLOW),
         pytest.param("save", 1, marks=SLOW),
         pytest.param("background save", 1, marks=SLOW),
+        pytest.param("compile", 2, marks=SLOW),
         pytest.param("first step", 2, marks=SLOW),
         pytest.param("forward", 2, marks=SLOW),
         pytest.param("data", 2, marks=SLOW),
