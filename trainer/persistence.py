@@ -325,8 +325,10 @@ class Persistence:
         """
         if self._is_kept(progress.step):
             return True
+        before = self.saved_step
         self.save(progress, parts, identity, wait=True)
         if error := self.saver.finish()[-1].error:
+            self.saved_step = before  # it is due still, as the last step is above all
             raise CheckpointError(error)
         return False
 

@@ -1,5 +1,6 @@
 """What a job takes from its checkpoint, and what it refuses although its bytes are as they were saved."""
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -9,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from components.runtime.errors import CheckpointError
 from tests.components.checkpoint.support import reseal
 from tests.ranks import run_ranks
-from tests.trainer.runs import TINY, facts, launch, meeting_point, records, train
+from tests.trainer.runs import TINY, Outcome, call, facts, launch, meeting_point, records, train
 
 SAVING = ("--checkpoint.enable", "--checkpoint.interval=2", "--training.steps=2", "--training.global_batch_size=4")
 
@@ -23,8 +25,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def save_at_start(argv: list[str], environ: dict[str, str]) -> list[bool]:
-    """Build a job and save it as a signal before its first step would."""
+def built(argv: list[str], environ: dict[str, str]) -> Any:
+    """The Trainer of a job."""
     import os
 
     from trainer.command import import_custom
@@ -34,12 +36,37 @@ def save_at_start(argv: list[str], environ: dict[str, str]) -> list[bool]:
     os.environ.update(environ)
     resolved = resolve(argv, os.environ)
     import_custom(resolved.job.experimental.custom_import)
-    trainer = Trainer(resolved, os.environ)
+    return Trainer(resolved, os.environ)
+
+
+def save_at_start(argv: list[str], environ: dict[str, str]) -> list[bool]:
+    """Build a job and save it as a signal before its first step would."""
+    trainer = built(argv, environ)
     with ThreadPoolExecutor(1) as beside:  # as a signal does
         arguments = (trainer.settled, trainer.parts, trainer.identity)
         was_there = [beside.submit(trainer.persistence.ensure_saved, *arguments).result() for _ in range(2)]
     trainer.close()
     return was_there
+
+
+def fail_to_save(argv: list[str], environ: dict[str, str]) -> tuple[str, bool]:
+    """What a save on a signal is told that cannot be, and whether its step is still due."""
+    trainer = built(argv, environ)
+
+    def fail(*_: object) -> None:
+        raise CheckpointError("no space left, says the test")
+
+    trainer.persistence.store.save = fail
+    with ThreadPoolExecutor(1) as beside, pytest.raises(CheckpointError) as error:
+        beside.submit(trainer.persistence.ensure_saved, trainer.settled, trainer.parts, trainer.identity).result()
+    return str(error.value), trainer.persistence.is_due(0, last=True)
+
+
+def test_a_step_that_could_not_be_saved_on_a_signal_is_still_due(tmp_path: Path) -> None:
+    """Else a job whose last step it is would end as if it had been saved."""
+    argv = [*TINY, *SAVING, f"--job.dump_folder={tmp_path}"]
+    told = run_ranks(1, fail_to_save, argv, meeting_point(), backend=None)
+    assert told == [("no space left, says the test", True)]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -112,3 +139,26 @@ def test_what_became_of_saves_is_recorded(whole: Path) -> None:
         "bytes": size,
     }
     assert 0 < event["stall_seconds"] <= event["seconds"]
+
+
+def without_room(argv: list[str], environ: dict[str, str]) -> Outcome:
+    """The job on a disk that has no room for tensors."""
+
+    def write(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.save", write)
+        return call(argv, environ)
+
+
+def test_also_of_the_save_that_is_one_too_many(tmp_path: Path) -> None:
+    argv = [*TINY, *SAVING, "--training.steps=6", "--checkpoint.max_failed_saves=2", f"--job.dump_folder={tmp_path}"]
+    (outcome,) = run_ranks(1, without_room, argv, meeting_point(), backend=None)
+    assert outcome.code == 1
+    assert "error: checkpoint.max_failed_saves = 2: the last 2 saves have failed: " in outcome.stderr
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["event"], line["step"]) for line in lines if "event" in line] == [
+        ("save_failed", 2),
+        ("save_failed", 4),
+    ]
