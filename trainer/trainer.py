@@ -415,7 +415,11 @@ class Trainer:
             self.standing.phase = "save"
             with self.gate.section():
                 persistence.save_due(self.settled, self.parts, self.identity, last=last)
-        results = persistence.finish() if last else persistence.poll()
+        try:
+            results = persistence.finish() if last else persistence.poll()
+        except SaveError:
+            self.note_saves(persistence.saver.untold)
+            raise
         self.note_saves(results)
         if last and (errors := [result.error for result in results if result.step == step and result.error]):
             raise SaveError(errors[-1])

@@ -99,6 +99,8 @@ class Saver:
         self._unreported: deque[_Save] = deque()
         self._failed: tuple[str, ...] = ()
         self._fatal: tuple[str, ...] = ()
+        self.untold: list[SaveResult] = []
+        """Results that a `poll` had when it raised for too many failures."""
 
     def save(
         self,
@@ -151,6 +153,7 @@ class Saver:
         while self._unreported and self._has_ended(self._unreported[0]):
             results.append(self._report())
         if self._fatal:
+            self.untold = results
             raise SaveError(
                 f"checkpoint.max_failed_saves = {self._max_failed}: the last {len(self._fatal)} saves have failed: "
                 + "; ".join(self._fatal)
