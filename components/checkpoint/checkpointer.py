@@ -162,13 +162,18 @@ class Checkpointer:
         try:
             boxes = self.ranks.everywhere(lambda: as_boxes(tensors, dtype), what)
             files = write_files(temporary, boxes, state, self.ranks, what)
-            manifest = render(_manifest(step, kind, files, job))
-            final = self.ranks.on_first(lambda: self.storage.commit(temporary, step_name(step), manifest), what)
+
+            def commit() -> Saved:
+                manifest = render(_manifest(step, kind, files, job))
+                final = self.storage.commit(temporary, step_name(step), manifest)
+                return Saved(final, sum(entry.size for entry in files))
+
+            saved = self.ranks.on_first(commit, what)
         except CheckpointError:
             self._discard(temporary)
             raise
         self._retain(step)
-        return Saved(final, sum(entry.size for entry in files))
+        return saved
 
     def failing(self, step: int) -> str:
         """How the message of a save that fails begins."""
@@ -216,8 +221,9 @@ class Checkpointer:
         self, index: Index, tensors: Mapping[str, Tensor], cast: bool, what: str, problems: list[str]
     ) -> None:
         """Raise CheckpointError with the `problems` so far, and with those of all tensors."""
-        unclaimed = self.ranks.gather({*index} - {*tensors})  # with pipeline stages a rank has only some of the names
-        unexpected = self.ranks.on_first(lambda: sorted(set.intersection(*unclaimed)))
+        names = sorted(index)
+        claimed = self.ranks.any_of([name in tensors for name in names])  # with pipeline stages a rank has but some
+        unexpected = [name for name, by_any in zip(names, claimed, strict=True) if not by_any]
         extra = [f"not expected here: {', '.join(unexpected)}"] if unexpected else []
 
         def check() -> None:

@@ -43,14 +43,15 @@ def _has_memory(value: Tensor | Box) -> bool:
 def write_files(
     folder: Folder, boxes: Mapping[str, Box], state: Mapping[str, Any], ranks: Ranks, what: str
 ) -> list[FileEntry]:
-    """Write all files but the manifest, each on the disk at the end; size and hashes of each. Collective.
+    """Write all files but the manifest, each on the disk at the end. Collective.
 
-    Raises CheckpointError.
+    On rank 0 size and hashes of each, which is where the manifest is written; nothing elsewhere. Raises
+    CheckpointError.
     """
     mine = write_tensors(folder, boxes, ranks, what)
     common = ranks.on_first(lambda: write_file(folder, STATE, json.dumps(state).encode()), what)
-    entries = [common, *(entry for each in ranks.all_gather(mine) for entry in each)]
-    return sorted(entries, key=lambda entry: entry.name)
+    everyone = ranks.gather([common, *mine] if ranks.first else mine)
+    return sorted((entry for each in everyone for entry in each), key=lambda entry: entry.name)
 
 
 def read_files(folder: Folder, manifest: Manifest) -> tuple[Index, dict[str, Any]]:

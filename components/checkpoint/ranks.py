@@ -8,9 +8,10 @@ holds a traceback of every rank.
 """
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 
 from components.runtime.errors import CheckpointError
@@ -86,6 +87,14 @@ class Ranks:
         mine: list[T] = values[:1] or [None]  # pyrefly: ignore[bad-assignment]  # overwritten by the call
         dist.scatter_object_list(mine, values if self.first else None, group=self._group, group_src=0)
         return mine[0]
+
+    def any_of(self, flags: Sequence[bool]) -> list[bool]:
+        """Element by element, whether any rank has it. All give as many; costs a byte each, whatever the number of
+        ranks."""
+        found = torch.tensor(flags, dtype=torch.uint8)
+        if self.size > 1:
+            dist.all_reduce(found, dist.ReduceOp.MAX, group=self._group)
+        return [bool(flag) for flag in found.tolist()]
 
     def _broadcast(self, value: T) -> T:
         values = [value]

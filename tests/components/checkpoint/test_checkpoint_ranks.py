@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from components.checkpoint.checkpointer import Checkpointer
+from components.checkpoint.ranks import Ranks
 from components.checkpoint.state import model_tensors, optimizer_tensors
 from components.mesh.degrees import Degrees
 from components.mesh.parallel_dims import ParallelDims
@@ -166,3 +167,12 @@ def test_ranks_with_different_tensors_are_one_checkpoint(tmp_path: Path) -> None
         ["{'model.0.w': [1.0, 1.0]}", message],
         ["{'model.1.w': [2.0, 2.0]}", message],
     ]
+
+
+def flags() -> list[list[bool]]:
+    ranks = Ranks(dist.group.WORLD)
+    return [ranks.any_of([ranks.rank == 0, ranks.rank == 1, False]), ranks.any_of([])]
+
+
+def test_what_any_rank_has() -> None:
+    assert run_ranks(2, flags) == [[[True, True, False], []]] * 2
