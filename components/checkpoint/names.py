@@ -32,16 +32,22 @@ class Rule(Protocol):
 
 
 @dataclass(frozen=True)
-class Rename:
-    """The same tensor under another name."""
+class _OfOne:
+    """A rule that speaks of one tensor of ours."""
 
     ours: str
-    theirs: str
 
     @property
     def our_names(self) -> tuple[str, ...]:
         """See Rule."""
         return (self.ours,)
+
+
+@dataclass(frozen=True)
+class Rename(_OfOne):
+    """The same tensor under another name."""
+
+    theirs: str
 
     def link(self, ours: list[tuple[str, Shape]], layer: str, into: Links) -> None:
         """See Rule."""
@@ -50,20 +56,14 @@ class Rename:
 
 
 @dataclass(frozen=True)
-class Permute:
+class Permute(_OfOne):
     """The same rows in another order: ours are `theirs.view(*view, …).permute(order, …)`, made one dimension again."""
 
-    ours: str
     theirs: str
     view: Shape
     """Their rows as several dimensions: (heads, head_dim / 2, 2) for Meta's rotary pairs."""
     order: Shape
     """Which of these comes where in ours: (0, 2, 1)."""
-
-    @property
-    def our_names(self) -> tuple[str, ...]:
-        """See Rule."""
-        return (self.ours,)
 
     def link(self, ours: list[tuple[str, Shape]], layer: str, into: Links) -> None:
         """See Rule. One link for each run of our rows whose distance in theirs is even."""
@@ -103,19 +103,13 @@ class Merge:
 
 
 @dataclass(frozen=True)
-class Split:
+class Split(_OfOne):
     """One of ours is several of theirs, one after the other along `dim`."""
 
-    ours: str
     theirs: tuple[str, ...]
     sizes: Shape
     """Their lengths along `dim`."""
     dim: int = 0
-
-    @property
-    def our_names(self) -> tuple[str, ...]:
-        """See Rule."""
-        return (self.ours,)
 
     def link(self, ours: list[tuple[str, Shape]], layer: str, into: Links) -> None:
         """See Rule."""
@@ -133,16 +127,10 @@ class Split:
 
 
 @dataclass(frozen=True)
-class StackExperts:
+class StackExperts(_OfOne):
     """One of ours holds, along its first dimension, a tensor of theirs for each `{expert}`."""
 
-    ours: str
     theirs: str
-
-    @property
-    def our_names(self) -> tuple[str, ...]:
-        """See Rule."""
-        return (self.ours,)
 
     def link(self, ours: list[tuple[str, Shape]], layer: str, into: Links) -> None:
         """See Rule."""
@@ -153,17 +141,11 @@ class StackExperts:
 
 
 @dataclass(frozen=True)
-class OursAlone:
+class OursAlone(_OfOne):
     """A tensor that they have no place for: not exported, and left as it is on import."""
 
-    ours: str
     why: str
     """What it is, for the log."""
-
-    @property
-    def our_names(self) -> tuple[str, ...]:
-        """See Rule."""
-        return (self.ours,)
 
     def link(self, ours: list[tuple[str, Shape]], layer: str, into: Links) -> None:
         """See Rule: nothing."""
