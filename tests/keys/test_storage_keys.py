@@ -2,7 +2,10 @@
 
 import pytest
 
+from models.llama3.args import FLAVORS
 from tests.keys.jobs import Done, run_jobs
+from trainer.config.load import load_job
+from trainer.config.validate import validate
 
 shows = pytest.mark.shows
 SAVING = ("--checkpoint.enable", "--checkpoint.interval=1")
@@ -39,3 +42,13 @@ def test_how_far_a_checkpoint_is_trusted(done: dict[str, Done]) -> None:
     assert "loaded step-2\n" in done["hashes"].outcome.stderr
     assert "broken" not in done["sizes"].outcome.stderr
     assert "loaded step-3\n" in done["sizes"].outcome.stderr
+
+
+def test_ranks_have_no_memory_in_common() -> None:
+    """Each would keep its own files, and the manifest would list what is nowhere else."""
+    job = load_job(("--checkpoint.enable", "--checkpoint.folder=memory://kept"), {}).job
+    flavor = FLAVORS["debugmodel"]
+    assert validate(job, 1, flavor) == []
+    assert validate(job, 2, flavor) == [
+        'checkpoint.folder = "memory://kept": 2 ranks do not share their memory; give a place that all of them reach'
+    ]

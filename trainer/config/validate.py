@@ -289,6 +289,14 @@ def _checkpoint(job: JobConfig) -> Problems:
         yield from _hugging_face(job.checkpoint)
 
 
+def _stores(job: JobConfig, degrees: Degrees) -> Problems:
+    for key in STORES:
+        path = FOLDERS[key](job) or ""
+        if job.checkpoint.enable and path.startswith("memory://") and degrees.world > 1:
+            told = f"{degrees.world} ranks do not share their memory; give a place that all of them reach"
+            yield f"{key} = {toml_literal(path)}: {told}"
+
+
 def _hugging_face(checkpoint: Checkpoint) -> Problems:
     key = "checkpoint.initial_load_in_hf = true:"
     if checkpoint.initial_load_in_hf and checkpoint.initial_load_path is None:
@@ -412,6 +420,7 @@ LAYOUT_RULES: tuple[Callable[[JobConfig, Degrees], Problems], ...] = (
     _batch,
     _streams,
     _sequence,
+    _stores,
     _fake_rank,
     _pipeline,
     one_process_problems,
