@@ -46,6 +46,7 @@ class SaveResult:
 
     step: int
     kind: str
+    """As its manifest has it; "hf" of what was saved only to be exported, which is no checkpoint of the job's."""
     bytes: int
     """Written, over all ranks; 0 if the checkpoint was there already, or if the save failed."""
     seconds: float
@@ -261,8 +262,10 @@ class Saver:
             self._log(logging.ERROR, f"{error}; earlier checkpoints are as they were; {allowed}")
         elif size:
             waited = f"training waited {stall:.2f} s"
-            self._log(logging.INFO, f"saved step-{save.step}: {size / 1e6:.1f} MB in {seconds:.2f} s, {waited}")
-        save.result = SaveResult(save.step, save.kind, size, seconds, stall, error)
+            what = f"weights of step-{save.step}, to be exported" if save.apart else f"step-{save.step}"
+            self._log(logging.INFO, f"saved {what}: {size / 1e6:.1f} MB in {seconds:.2f} s, {waited}")
+        kind = "hf" if save.apart else save.kind
+        save.result = SaveResult(save.step, kind, size, seconds, stall, error)
 
     def _has_ended(self, save: _Save) -> bool:
         """Whether a save has ended on all ranks, and agreed. Over the default group: the saves have theirs."""

@@ -88,6 +88,14 @@ def test_an_export_that_a_kill_came_before_is_made_when_the_job_goes_on(done: di
         assert again == (done["last"].folder / "export/step-3/model.safetensors").read_bytes()
 
 
+def test_weights_that_are_saved_only_to_be_exported_are_not_told_as_a_checkpoint(done: dict[str, Done]) -> None:
+    job = done["interval"]
+    saves = [(event["step"], event["kind"]) for event in job.events if event["event"] == "saved"]
+    assert saves == [(2, "hf"), (3, "training")]
+    assert "saved step-2:" not in job.log
+    assert "saved weights of step-2, to be exported: " in job.log
+
+
 def test_the_type_of_an_export(done: dict[str, Done]) -> None:
     full, half = weights(done["last"]), weights(done["half"])
     assert {value.dtype for value in full.values()} == {torch.float32}

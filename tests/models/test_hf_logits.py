@@ -8,13 +8,18 @@ from typing import Any
 import pytest
 import torch
 
+from components.checkpoint.checkpointer import Checkpointer
+from components.checkpoint.fingerprint import JobIdentity
 from components.checkpoint.hf_config import Adapter
-from models.llama3.args import Llama3Args, RopeScaling
+from components.checkpoint.state import model_tensors
+from components.data.tokenizer import load_tokenizer
+from models.llama3.args import FLAVORS, Llama3Args, RopeScaling
 from models.llama3.hf import ADAPTER as LLAMA3
 from models.llama3.model import Llama3
 from models.qwen3.args import Experts, Qwen3Args
 from models.qwen3.hf import ADAPTER as QWEN3
 from models.qwen3.model import Qwen3
+from scripts.checkpoint import main
 from tests.models.hf_twins import build, export, load, our_logits, save, tokens_for
 
 LLAMA = Llama3Args(dim=24, n_layers=2, n_heads=4, n_kv_heads=2, ffn_hidden=40, vocab_size=64, rope_theta=1e4)
@@ -79,3 +84,24 @@ def test_a_round_trip_keeps_every_byte(name: str, tmp_path: Path) -> None:
     before, after = ours.state_dict(), again.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key].view(torch.int32), after[key].view(torch.int32)) for key in before)
+
+
+def test_the_tool_exports_weights_and_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`scripts/checkpoint.py export` of a checkpoint that says of which model it is."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    ours = build(Llama3, FLAVORS["debugmodel"])
+    job = JobIdentity({"model.name": "llama3", "model.flavor": "debugmodel"})
+    store = Checkpointer(tmp_path / "checkpoint", keep_latest_k=0, group=None)
+    store.save_model(7, model_tensors([ours]), job, torch.float32)
+    out, assets = tmp_path / "out", "tests/assets/tokenizer"
+    assert main(["export", str(tmp_path / "checkpoint/step-7"), str(out), "--assets", assets]) == 0
+    assert capsys.readouterr().out == f"{out}/step-7\n"
+    theirs, info = AutoModelForCausalLM.from_pretrained(out / "step-7", output_loading_info=True, dtype=torch.float32)
+    assert {key: [*value] for key, value in info.items() if value} == {}
+    text = "def f(x):\n    return"
+    tokenizer: Any = AutoTokenizer.from_pretrained(out / "step-7")
+    tokens = tokenizer(text, return_tensors="pt")["input_ids"]
+    assert tokens[0].tolist() == load_tokenizer(assets).encode(text)
+    with torch.no_grad():
+        torch.testing.assert_close(our_logits(ours, tokens), theirs(tokens).logits, rtol=1e-5, atol=1e-5)
