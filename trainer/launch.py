@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, MutableMapping
 from functools import partialmethod
 from pathlib import Path
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 SHUTDOWN_MARGIN = 15
 """Seconds from the end of the workers' own grace to that of the agent's patience."""
+ECHO_SECONDS = 3.0
+"""As long as the workers take a second signal for the first one's echo, so does the launcher."""
 
 
 def visible_accelerators() -> int:
@@ -96,6 +99,7 @@ def run_agent(
     if patience is not None:
         set_patience(config, patience)
     try:
+        answer_signals(config)
         elastic_launch(config, command)(*arguments)
     except ChildFailedError as error:
         rank, failure = min(error.failures.items(), key=lambda item: urgency(item[1]))
@@ -130,6 +134,28 @@ def set_patience(config: "LaunchConfig", seconds: int) -> None:
     from torch.distributed.elastic.multiprocessing.api import PContext
 
     setattr(PContext, "close", partialmethod(PContext.close, timeout=seconds))  # noqa: B010  # a class of torch's
+
+
+def answer_signals(config: "LaunchConfig") -> None:
+    """Answer SIGTERM and SIGINT as the agent would, but not the echoes of the first: who is hasty loses no save.
+
+    The agent passes the first two on. At the third it leaves, and its workers are killed (`orphans`), saved or not.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    first: float | None = None
+
+    def answer(number: int, frame: FrameType | None) -> None:
+        nonlocal first
+        now = time.monotonic()
+        if first is not None and now - first <= ECHO_SECONDS:
+            return
+        first = first or now
+        raise SignalException(f"signal {number}", sigval=signal.Signals(number))
+
+    config.signals_to_handle = "SIGHUP,SIGQUIT"  # those that are left to the agent
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, answer)
 
 
 def pass_on(folder: RunFolder) -> None:

@@ -40,7 +40,7 @@ def wait_for(path: Path) -> None:
     [(4, 1), pytest.param(45, 0, marks=pytest.mark.slow), pytest.param(45, 1, marks=pytest.mark.slow)],
 )
 def test_a_long_save_is_waited_for_and_nothing_restarts(seconds: int, restarts: int, tmp_path: Path) -> None:
-    """SIGUSR1 saves and goes on; then, with the next save under way, SIGTERM."""
+    """SIGUSR1 saves and goes on; then, with the next save under way, SIGTERM, four times in a hurry."""
     child = start(
         tmp_path,
         "--training.steps=100000",
@@ -53,7 +53,9 @@ def test_a_long_save_is_waited_for_and_nothing_restarts(seconds: int, restarts: 
     wait_for(tmp_path / "checkpoint" / "step-2")
     time.sleep(1)
     begin = time.monotonic()
-    child.send_signal(TERM)
+    for _ in range(4):
+        child.send_signal(TERM)
+        time.sleep(0.3)
     _, err = child.communicate(timeout=120)
     assert child.returncode == 75, err
     assert seconds < time.monotonic() - begin < seconds + 10
