@@ -71,9 +71,11 @@ class Sinks:
         self._each(lambda sink: sink.rewind(step))
 
     def close(self) -> None:
-        """Close all."""
-        self._each(lambda sink: sink.close())
-        self._closed = True
+        """Close all, also after an error of one; a second time nothing happens. Raises the first error."""
+        with self._lock, ExitStack() as closing:
+            sinks, self._closed = () if self._closed else self.sinks, True
+            for sink in reversed(sinks):
+                closing.callback(sink.close)
 
     def _each(self, call: Callable[[Sink], None]) -> None:
         with self._lock:

@@ -274,6 +274,27 @@ def test_going_back_drops_what_is_run_again_and_keeps_that_it_was(tmp_path: Path
     assert found == [(None, 1), (None, 2), ("rolled_back", 4), ("resume", 2)]
 
 
+def test_all_are_closed_once_whatever_one_of_them_says(tmp_path: Path) -> None:
+    calls: list[str] = []
+
+    def fail() -> None:
+        calls.append("first")
+        raise UserError("no room")
+
+    first, second = (JsonlSink(tmp_path / f"{name}.jsonl", None) for name in "ab")
+    closing = second.close
+    setattr(first, "close", fail)  # noqa: B010  # in place of the class's
+    setattr(second, "close", lambda: calls.append("second") or closing())  # noqa: B010
+    sinks = Sinks([first, second])
+    with pytest.raises(UserError, match="no room"):
+        sinks.close()
+    sinks.close()
+    sinks.log(STEP)
+    assert calls == ["first", "second"]
+    JsonlSink.close(first)
+    assert _entries(tmp_path / "b.jsonl") == []
+
+
 @pytest.mark.shows("metrics.enable_wandb")
 def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, Any]] = []
