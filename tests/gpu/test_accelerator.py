@@ -37,10 +37,12 @@ def test_bf16_and_compile_stay_close(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert [step["loss"] for step in found] == pytest.approx([step["loss"] for step in exact], rel=1e-2)
 
 
-def test_a_resumed_run_repeats_itself_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mode", ["disabled", "async", "async_with_pinned_mem"])
+def test_a_resumed_run_repeats_itself_bit_for_bit(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kind = torch.accelerator.current_accelerator()
     assert kind is not None
-    steady = ("--debug.deterministic", "--training.steps=4", "--checkpoint.enable", "--checkpoint.interval=2")
+    saving = ("--checkpoint.enable", "--checkpoint.interval=2", f"--checkpoint.async_mode={mode}")
+    steady = ("--debug.deterministic", "--training.steps=4", *saving)
     whole = on(kind.type, tmp_path / "whole", monkeypatch, *steady)
     on(kind.type, tmp_path / "cut", monkeypatch, *steady, "--training.steps=2", "--lr_scheduler.total_steps=4")
     assert on(kind.type, tmp_path / "cut", monkeypatch, *steady, "--lr_scheduler.total_steps=4") == whole
