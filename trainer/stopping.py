@@ -7,6 +7,7 @@ belongs to the last section (`Trainer.settled`), never what the training thread 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +18,7 @@ import torch
 
 from components.runtime import distributed
 from components.runtime.errors import ExitCode
-from components.runtime.interruption import Actions, Interruption
+from components.runtime.interruption import SIGNALS, Actions, Interruption
 from components.runtime.logging import logger
 from components.runtime.requests import Request, Wish
 from trainer.run_folder import RunFolder
@@ -51,6 +52,8 @@ def interruptible(trainer: Trainer, environ: Mapping[str, str], started: float) 
         if folder and trainer.world.local_rank == 0:
             folder.leave_pid()
         yield over
+    for number in SIGNALS:  # the job is done: what comes while its parts are taken down is no failure of it
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Stop:

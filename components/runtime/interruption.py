@@ -125,10 +125,10 @@ class Interruption:
         """Give the signals back."""
         self._state.set(over=True, closed=True)
         self._nudge()
+        self._threads[0].join()
         signal.set_wakeup_fd(self._previous_fd)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-        self._threads[0].join()
         self._wake.close()
         self._woken.close()
 

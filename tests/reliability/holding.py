@@ -20,6 +20,7 @@ from components.checkpoint.checkpointer import Checkpointer
 from components.optim.optimizers import Optimizers
 from components.runtime.errors import CheckpointError
 from tests.trainer import tiny
+from trainer.run_folder import RunFolder
 from trainer.trainer import Trainer
 from trainer.validator import Validator
 
@@ -51,6 +52,7 @@ PLACES: dict[str, tuple[type, str]] = {
     "error": (Trainer, "next_rows"),
     "torn": (Optimizers, "step"),
     "close": (Trainer, "close"),
+    "leave": (RunFolder, "of_worker"),  # its second call
 }
 FAILURES = {
     "fail": CheckpointError("cannot save: no space left, says the test"),

@@ -211,6 +211,13 @@ def test_a_signal_after_the_last_step_changes_nothing(tmp_path: Path) -> None:
     assert events(tmp_path) == []
 
 
+def test_a_signal_while_a_job_that_is_done_is_taken_down_changes_nothing(tmp_path: Path) -> None:
+    """All is closed, the process is about to leave: one rank that died of it would be the failure of a finished job."""
+    ended = interrupt(2, tmp_path, (), [Shot(TERM, (0, 1), ("0.leave", "1.leave"))], HOLD="leave 2 0.5 all")
+    assert codes(ended) == [0, 0], said(ended)
+    assert saved(tmp_path) == [6]
+
+
 @SLOW
 def test_a_stop_in_the_last_save_finds_nothing_left_to_do(tmp_path: Path) -> None:
     ended = interrupt(1, tmp_path, (), [Shot(TERM, (0,), HELD)], HOLD="save 1 1 0")
