@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -83,7 +83,7 @@ def run_ranks(
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         call = pickle.dumps((fn, args))
         request = Request(n, fn.__module__, module.__file__ or "", call, folder, timeout, backend)
-        failed = _server().ask(request)
+        failed: list[tuple[int, str]] = _server().ask(request)  # the first to fail first
         if failed:
             raise RankError("\n".join(_report(Path(folder), rank, why) for rank, why in failed[:1]))
         return [pickle.loads((Path(folder) / f"{rank}.result").read_bytes()) for rank in range(n)]
@@ -96,25 +96,29 @@ def _report(folder: Path, rank: int, why: str) -> str:
     return f"rank {rank}: {text}" + (f"\n--- output of rank {rank}:\n{log}" if log else "")
 
 
-class _Server:
-    """The parent's end of the server process. One request at a time; it ends when its standard input closes."""
+class Server:
+    """The parent's end of a server process, which `python -m module` runs: a request, an answer, and so on.
 
-    def __init__(self) -> None:
+    It ends when its standard input closes. `more`: variables of its environment.
+    """
+
+    def __init__(self, module: str, **more: str) -> None:
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": "1",
+            **more,
             "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]),
         }
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.ranks"],
+            [sys.executable, "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
             cwd=ROOT,
         )
 
-    def ask(self, request: Request) -> list[tuple[int, str]]:
-        """Run a request; the ranks that failed, the first to fail first, each with how its process ended."""
+    def ask(self, request: Any) -> Any:
+        """Its answer. Raises RankError if it has ended."""
         if self._process.stdin is None or self._process.stdout is None:
             raise RankError("the fork server has no pipes")
         pickle.dump(request, self._process.stdin)
@@ -126,20 +130,24 @@ class _Server:
 
 
 @functools.cache
-def _server() -> _Server:
-    return _Server()
+def _server() -> Server:
+    return Server("tests.ranks")
 
 
-def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
-    """The server's loop: fork the ranks of each request, wait for them, answer."""
+def _serve(requests: BinaryIO, answers: BinaryIO, answer: Callable[[Any], Any]) -> None:
     while True:
         try:
             request = pickle.load(requests)
         except EOFError:
             return
-        children = {_fork(request, rank): rank for rank in range(request.ranks)}
-        pickle.dump(_wait(children, request.timeout), answers)
+        pickle.dump(answer(request), answers)
         answers.flush()
+
+
+def _run(request: Request) -> list[tuple[int, str]]:
+    """Fork the ranks of a request and wait for them; those that failed, each with how its process ended."""
+    children = {_fork(request, rank): rank for rank in range(request.ranks)}
+    return _wait(children, request.timeout)
 
 
 def _wait(children: dict[int, int], timeout: float) -> list[tuple[int, str]]:
@@ -179,9 +187,7 @@ def _fork(request: Request, rank: int) -> int:
 def _child(request: Request, rank: int) -> NoReturn:
     """The forked process: run the rank, leave its result or its traceback in a file, and end."""
     folder = Path(request.folder)
-    log = os.open(folder / f"{rank}.log", os.O_WRONLY | os.O_CREAT)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+    redirect(folder / f"{rank}.log")
     code = 1
     try:
         (folder / f"{rank}.result").write_bytes(pickle.dumps(_rank(request, rank)))
@@ -192,6 +198,13 @@ def _child(request: Request, rank: int) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)  # no destructors: a process group that is torn down waits for its peers
+
+
+def redirect(path: Path) -> None:
+    """Have this process write its standard output and error there."""
+    log = os.open(path, os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
 
 
 def _rank(request: Request, rank: int) -> Any:
@@ -228,15 +241,19 @@ def _import(name: str, file: str) -> ModuleType:
         return module
 
 
-def _main() -> None:
-    """The server process: keep the pipe to the parent to itself, import once, serve."""
+def serve(preloaded: Sequence[str], answer: Callable[[Any], Any]) -> None:
+    """The server process: keep the pipe to the parent to itself, import once, and answer to each request."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    for name in PRELOADED:
+    for name in preloaded:
         importlib.import_module(name)
     importlib.import_module("torch").set_num_threads(1)
     gc.freeze()  # else each rank that collects garbage looks through all of torch for it, which takes 0.3 s
-    _serve(sys.stdin.buffer, answers)
+    _serve(sys.stdin.buffer, answers, answer)
+
+
+def _main() -> None:
+    serve(PRELOADED, _run)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ returned.
 
 import ctypes
 import functools
-import gc
 import importlib
 import os
 import pickle
@@ -24,11 +23,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import pytest
 
-from tests.ranks import PRELOADED, ROOT
+from tests.ranks import PRELOADED, Server, redirect, serve
 
 SOURCE = Path(__file__).with_name("harness_calls.c")
 RECORDS, NAME = 16384, 120
@@ -156,7 +155,8 @@ def run(case: Case) -> Ended:
     """Run one process to its end."""
     with tempfile.TemporaryDirectory(prefix="case-") as folder:
         _write_order(Path(folder) / "shared", case)
-        code, seconds = _server().ask(Path(folder), case)
+        call = pickle.dumps((case.fn, case.args))
+        code, seconds = _server().ask((folder, call, case.kill_after, case.timeout))
         shared = _read_shared(Path(folder) / "shared")
         calls = [_call(shared.records[i]) for i in range(min(shared.count, RECORDS))]
         result = Path(folder) / "result"
@@ -200,55 +200,20 @@ def committed(calls: list[Call]) -> list[int]:
     return [int(call.other.removeprefix("step-")) for call in done if call.error == 0]
 
 
-class _Server:
-    """The parent's end of the server process. One request at a time; it ends when its standard input closes."""
-
-    def __init__(self) -> None:
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "LD_PRELOAD": str(library()),
-            "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]),
-        }
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.reliability.harness"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-            cwd=ROOT,
-        )
-
-    def ask(self, folder: Path, case: Case) -> tuple[int, float]:
-        """Exit code and seconds of one process."""
-        if self._process.stdin is None or self._process.stdout is None:
-            raise RuntimeError("the server has no pipes")
-        call = pickle.dumps((case.fn, case.args))
-        pickle.dump((str(folder), call, case.kill_after, case.timeout), self._process.stdin)
-        self._process.stdin.flush()
-        try:
-            return pickle.load(self._process.stdout)
-        except EOFError as error:
-            raise RuntimeError(f"the server ended with exit code {self._process.wait()}") from error
-
-
 @functools.cache
-def _server() -> _Server:
-    return _Server()
+def _server() -> Server:
+    return Server("tests.reliability.harness", LD_PRELOAD=str(library()))
 
 
-def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
-    while True:
-        try:
-            folder, call, kill_after, timeout = pickle.load(requests)
-        except EOFError:
-            return
-        started = time.monotonic()
-        pid = os.fork()
-        if not pid:
-            _child(Path(folder), call)
-        code = _wait(pid, started + (timeout if kill_after is None else kill_after))
-        pickle.dump((code, time.monotonic() - started), answers)
-        answers.flush()
+def _run(order: tuple[str, bytes, float | None, float]) -> tuple[int, float]:
+    """Fork one process and wait for it; its exit code and seconds."""
+    folder, call, kill_after, timeout = order
+    started = time.monotonic()
+    pid = os.fork()
+    if not pid:
+        _child(Path(folder), call)
+    code = _wait(pid, started + (timeout if kill_after is None else kill_after))
+    return code, time.monotonic() - started
 
 
 def _wait(pid: int, deadline: float) -> int:
@@ -263,9 +228,7 @@ def _wait(pid: int, deadline: float) -> int:
 
 
 def _child(folder: Path, call: bytes) -> NoReturn:
-    log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+    redirect(folder / "log")
     code = 1
     try:
         fn, args = pickle.loads(call)
@@ -283,14 +246,7 @@ def _child(folder: Path, call: bytes) -> NoReturn:
 
 
 def _main() -> None:
-    """The server process: keep the pipe to the parent to itself, import once, serve."""
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    for name in (*PRELOADED, "tests.trainer.tiny", "components.checkpoint.checkpointer"):
-        importlib.import_module(name)
-    importlib.import_module("torch").set_num_threads(1)
-    gc.freeze()
-    _serve(sys.stdin.buffer, answers)
+    serve((*PRELOADED, "tests.trainer.tiny", "components.checkpoint.checkpointer"), _run)
 
 
 if __name__ == "__main__":
