@@ -66,7 +66,8 @@ class Persistence:
     """
 
     def __init__(self, job: JobConfig, adapter: Adapter | None = None, args: Any = None) -> None:
-        self.config = config = job.checkpoint
+        self.config, self._steps = job.checkpoint, job.training.steps
+        config = self.config
         check_exclude(config.exclude_from_loading)
         root = place(job, config.folder)
         group = new_host_group("checkpoint", job.comm.checkpoint_timeout_seconds) if config.enable else None
@@ -100,8 +101,9 @@ class Persistence:
 
     def _find(self) -> Source | None:
         """What to start from: a step of one's own folder, else `initial_load_path`, else nothing. Weights at step 0 are
-        a seed; a job that was stopped before its first step has everything at step 0. Workers that torchrun has started
-        again go on from what they have saved, wherever the job began."""
+        a seed, and at the last step all that is left of a job that is done; one that was stopped before its first step
+        has everything at step 0. Workers that torchrun has started again go on from what they have saved, wherever the
+        job began."""
         step, self._under_way = None, self._is_under_way()
         if self.config.resume == "never" and not self._under_way:
             if not self.config.load_only:
@@ -110,7 +112,8 @@ class Persistence:
             step = self.store.resolve(-1 if self._under_way else self.config.load_step, self.config.resume)
         if step is not None:
             manifest = self.store.read_manifest(step)
-            return Source(step, manifest, model_only=step == 0 and manifest.kind == "model_only")
+            enough = manifest.kind == "model_only" and (step == 0 or step >= self._steps)
+            return Source(step, manifest, model_only=enough)
         if self.config.initial_load_path is None:
             return None
         if self.config.initial_load_in_hf:
@@ -229,6 +232,8 @@ class Persistence:
     def _progress(self, source: Source, state: Mapping[str, Any], parts: Parts) -> Progress:
         """What the state says, given to whom it is for."""
         progress = Progress(**state.get("train_state", {}))
+        if source.own and source.model_only:
+            progress.step = source.manifest.step
         whole = {"train_state", "lr_scheduler"} <= {*state}  # where one counts anew, the other cannot go on
         start = state["lr_scheduler"]["start"] if whole else progress.step
         progress.schedule_start = start

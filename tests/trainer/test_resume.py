@@ -215,6 +215,8 @@ def test_parts_that_are_left_out_start_anew(whole: Path, tmp_path: Path) -> None
 def test_only_weights_at_the_end_cannot_be_resumed_but_can_be_started_from(tmp_path: Path) -> None:
     arguments = (*SAVING, "--checkpoint.last_save_model_only", "--checkpoint.export_dtype=bfloat16")
     train(1, tmp_path / "a", *arguments, "--training.steps=1")
+    (again,) = launch(1, tmp_path / "a", *arguments, "--training.steps=1")
+    assert (again.code, "nothing to do: step 1 of training.steps = 1 is done" in again.stderr) == (0, True)
     (outcome,) = launch(1, tmp_path / "a", *arguments, "--training.steps=2")
     assert outcome.code == 2
     assert "checkpoint step-1 holds only weights (checkpoint.last_save_model_only)" in outcome.stderr
