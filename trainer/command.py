@@ -57,12 +57,14 @@ def train(argv: list[str], environ: MutableMapping[str, str]) -> int:
         from trainer.dry_run import dry_run
 
         return dry_run(resolved.job, resolved.notes, world_size(resolved, environ))
+    from components.runtime.files import allow_open_files
     from components.runtime.orphans import end_with_parent
     from components.runtime.witness import explained
     from trainer.stopping import interruptible
 
     if "TORCHELASTIC_RUN_ID" in environ:
         end_with_parent(environ)
+    allow_open_files()
     freeze_registries()
     with explained():
         trainer = trainer_class(resolved)(resolved, environ)

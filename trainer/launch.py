@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from components.runtime.files import allow_open_files
 from components.runtime.orphans import LAUNCHER
 from trainer.environment import count
 from trainer.guard import guard_rooms
@@ -65,6 +66,7 @@ def run_workers(argv: list[str], environ: MutableMapping[str, str], processes: i
     signal's number. Raises ConfigError for a job that cannot be read.
     """
     patience = shutdown_seconds(argv, environ)
+    allow_open_files()  # the agent hosts the store of the ranks
     with tempfile.TemporaryDirectory(prefix="espalier-", ignore_cleanup_errors=True) as path:
         environ[VARIABLE], environ[LAUNCHER] = path, str(os.getpid())
         environ[STARTED] = str(start_time(environ))
