@@ -32,7 +32,7 @@ from components.checkpoint.ranks import describe
 from components.checkpoint.staging import Stage
 from components.checkpoint.state import of_model
 from components.checkpoint.storage import Folder
-from components.runtime.errors import CheckpointError, CommunicationError, EspalierError, SaveError
+from components.runtime.errors import CheckpointError, EspalierError, SaveError
 from components.runtime.logging import logger
 
 Mode = Literal["disabled", "async", "async_with_pinned_mem"]
@@ -187,12 +187,10 @@ class Saver:
     def unbroken(self) -> Iterator[None]:
         """Around training: an error of ours ends it only once the save that is under way has ended.
 
-        Not so where ranks are gone, without which that would never be.
+        Not so what is raised where ranks are gone, without which that would never be: it is not of ours here.
         """
         try:
             yield
-        except CommunicationError:
-            raise
         except EspalierError:
             self.wait()
             raise

@@ -23,7 +23,7 @@ from components.checkpoint.ranks import Ranks
 from components.checkpoint.saver import Mode, Saver, SaveResult
 from components.checkpoint.staging import Stage, stage
 from components.runtime.distributed import new_host_group
-from components.runtime.errors import CheckpointError, CommunicationError, DataError
+from components.runtime.errors import CheckpointError, DataError
 from tests.components.checkpoint.support import JOB, STATE, loads, same, tensors, zeros
 from tests.components.checkpoint.test_checkpoint_ranks import build, full
 from tests.ranks import run_ranks
@@ -205,7 +205,7 @@ def test_failures_that_finish_has_told_of_count_at_the_next_poll(tmp_path: Path)
         run.poll()
 
 
-@pytest.mark.parametrize(("error", "ended"), [(DataError("a.jsonl:1"), True), (CommunicationError("rank 1"), False)])
+@pytest.mark.parametrize(("error", "ended"), [(DataError("a.jsonl:1"), True), (RuntimeError("gloo: rank 1"), False)])
 def test_an_error_lets_the_save_under_way_end(tmp_path: Path, error: Exception, ended: bool) -> None:
     run, release = saver(tmp_path, "async"), threading.Event()
     with held(release):
