@@ -7,6 +7,7 @@ to one attempt: a restarted worker does not see what the last one left. Rejected
 only of workers that failed. Torch-free, and imports nothing of ours at the top: see `guard`.
 """
 
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -23,11 +24,14 @@ def start_time(environ: Mapping[str, str]) -> float:
 
     text = environ.get(STARTED, "")
     try:
-        return float(text) if text else time.time()
-    except ValueError as error:
+        started = float(text) if text else time.time()
+    except ValueError:
+        started = math.nan
+    if not math.isfinite(started):
         raise ConfigError(
             f"environment: {STARTED} = {text!r}: must be in seconds since 1970, as `date +%s` prints them"
-        ) from error
+        )
+    return started
 
 
 class RunFolder:

@@ -41,6 +41,8 @@ STAGES = ("has not heard of it", "waits for its training thread", "is saving", "
 WAKE = 0
 """On the wake-up socket: no signal, only a reason to look at the clock."""
 SAYING_SECONDS = 1.0
+LONGEST_SECONDS = 3600.0
+"""Of a wait: a limit of centuries fits into no timer, and a listener that died of it would hear no signal."""
 LISTED = 8
 
 
@@ -163,7 +165,7 @@ class Interruption:
         deadline = self._state.deadline
         left = [deadline - time.monotonic()] if deadline is not None else []
         left += [self._stop_at - time.time()] if self._stop_at is not None else []
-        return max(min(left), 0) if left else None
+        return max(min(*left, LONGEST_SECONDS), 0) if left else None
 
     def _signalled(self, number: signal.Signals) -> None:
         now, first = time.monotonic(), self._state.signalled

@@ -14,9 +14,11 @@ from typing import Any, cast
 
 import pytest
 
+from components.runtime.errors import ConfigError
 from tests.trainer.runs import ROOT, TINY, facts, records
 from trainer.guard import shadowed_rooms
 from trainer.launch import set_patience, torchrun_arguments
+from trainer.run_folder import start_time
 
 QUIET = (*TINY, "--validation.enable=false")
 SCRIPT = ROOT / "run_train.sh"
@@ -137,6 +139,12 @@ def test_several_machines_pass_their_variables_on() -> None:
         "--master-port=29501",
     ]
     assert torchrun_arguments({}, 2, 1)[2:] == ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+
+
+@pytest.mark.parametrize("text", ["noon", "nan", "inf"])
+def test_a_start_that_is_no_time(text: str) -> None:
+    with pytest.raises(ConfigError, match=f"ESPALIER_STARTED = '{text}': must be in seconds since 1970"):
+        start_time({"ESPALIER_STARTED": text})
 
 
 @pytest.mark.slow

@@ -43,9 +43,9 @@ def leave(code: int) -> NoReturn:
     raise SystemExit(code)
 
 
-def interruption(saved: list[str]) -> Interruption:
+def interruption(saved: list[str], ends_at: float | None = None) -> Interruption:
     actions = Actions(lambda request: saved.append(request.reason), lambda request: 75, leave, lambda: "nowhere")
-    return Interruption(Gate(), None, actions, grace=10, ends_at=None)
+    return Interruption(Gate(), None, actions, grace=10, ends_at=ends_at)
 
 
 def test_signals_are_given_back() -> None:
@@ -115,4 +115,14 @@ def test_signals_are_heard_where_many_files_are_open() -> None:
         for file in files:
             os.close(file)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert saved == ["SIGUSR1"]
+
+
+def test_signals_are_heard_where_the_limit_is_centuries_away() -> None:
+    saved: list[str] = []
+    with interruption(saved, ends_at=1e12).around() as over:
+        time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(0.2)
+        over()
     assert saved == ["SIGUSR1"]
