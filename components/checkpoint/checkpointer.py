@@ -55,6 +55,7 @@ class Checkpointer:
         self.storage = open_storage(root)
         self._keep = keep_latest_k
         self.ranks = Ranks(group)
+        self._broken: set[int] = set()
         self._verifier = Verifier(self.storage, self.ranks, verify)
 
     def steps(self) -> list[int]:
@@ -74,6 +75,7 @@ class Checkpointer:
                 self._log(logging.WARNING, *(f"{problem}: falling back to step-{step}" for problem in broken))
                 return step
             broken += problems
+            self._broken.add(step)
             if strict:
                 break
         if broken and strict:
@@ -135,8 +137,9 @@ class Checkpointer:
         what = f"{going}: '{self.storage.path}' cannot be changed"
         later = [n for n in self.ranks.on_first(self._verifier.finished, what) if step is None or n > step]
         for n in later:
-            aside = self.ranks.on_first(lambda n=n: self.storage.set_aside(step_name(n), "superseded"), what)
-            self._log(logging.WARNING, f"{going}: step-{n} is of an earlier course, now '{aside}'")
+            why, told = ("broken", "broken") if n in self._broken else ("superseded", "of an earlier course")
+            aside = self.ranks.on_first(lambda n=n, why=why: self.storage.set_aside(step_name(n), why), what)
+            self._log(logging.WARNING, f"{going}: step-{n} is {told}, now '{aside}'")
 
     def save(
         self,

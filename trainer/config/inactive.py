@@ -58,7 +58,15 @@ INACTIVE = (
     Inactive(
         tuple(
             f"checkpoint.{k}"
-            for k in ("interval", "keep_latest_k", "enable_first_step_checkpoint", "last_save_", "export_")
+            for k in (
+                "interval",
+                "keep_latest_k",
+                "enable_first_step_checkpoint",
+                "last_save_",
+                "export_",
+                "async_mode",
+                "max_failed_saves",
+            )
         ),
         lambda job: job.checkpoint.load_only,
         "checkpoint.load_only saves nothing",

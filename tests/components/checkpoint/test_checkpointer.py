@@ -128,8 +128,9 @@ def test_broken_latest_falls_back_loudly(tmp_path: Path, caplog: pytest.LogCaptu
     with (tmp_path / "step-20/state.json").open("ab") as file:
         file.write(b" ")
     size = (tmp_path / "step-30/__0_0.distcp").stat().st_size
+    mine = checkpointer(tmp_path)
     with caplog.at_level(logging.WARNING):
-        assert checkpointer(tmp_path).latest() == 10
+        assert mine.latest() == 10
     state = (tmp_path / "step-20/state.json").stat().st_size
     assert caplog.messages == [
         f"checkpoint step-30 is broken: __0_0.distcp: bytes 0 to {size} have changed: falling back to step-10",
@@ -138,6 +139,11 @@ def test_broken_latest_falls_back_loudly(tmp_path: Path, caplog: pytest.LogCaptu
     assert error_of(lambda: checkpointer(tmp_path).resolve(30)).startswith(
         "checkpoint.load_step = 30: checkpoint step-30 is"
     )
+    mine.supersede(10)
+    assert sorted(path.name.rpartition("-")[0] for path in tmp_path.glob("step-*.*")) == [
+        "step-20.broken",
+        "step-30.broken",
+    ]
 
 
 def test_all_broken_does_not_start_again_from_nothing(tmp_path: Path) -> None:
