@@ -150,7 +150,7 @@ class BadSteps:
         return False
 
     def pass_over(self) -> StepValues:
-        """Count a step whose batch is passed over. Its loss is not computed: it is reported as not a number."""
+        """Count a step whose batch is passed over. Its loss is not computed, and not reported."""
         step = self.trainer.progress.step
         self._say("step %d: its batch is passed over, weights are unchanged", step)
         self.trainer.sinks.note({"event": "passed_over", "step": step})

@@ -278,12 +278,12 @@ class Trainer:
         self.schedule.apply(self.progress.step - self.progress.schedule_start)
         with self.gate.section():
             values = self.bad_steps.pass_over()
-            self.settle_step(rows, values, 0, computed=0)
+            self.settle_step(rows, None, 0, computed=0)
         if self.progress.step == self.first_step:
             self.first_step += 1  # the first that takes long is yet to come
         return values
 
-    def settle_step(self, rows: StepRows, values: StepValues, count: int, computed: int) -> None:
+    def settle_step(self, rows: StepRows, values: StepValues | None, count: int, computed: int) -> None:
         """A step is done, with so many labels trained on: its progress is now that of the weights."""
         self.optimizers.zero_grad()
         self.meter.add(count, computed)
@@ -295,7 +295,7 @@ class Trainer:
     def settle(self, progress: Progress) -> None:
         """This is what the weights are the result of, once the device has come to here."""
         self.settled, self.settled_event = progress, mark(self.device)
-        self.unreported: tuple[int, StepValues, float] | None = None
+        self.unreported: tuple[int, StepValues | None, float] | None = None
 
     def resettle(self, progress: Progress) -> None:
         """All parts have gone back to where they were at `progress`: so do the counters and the reports."""

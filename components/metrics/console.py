@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 UNKNOWN = "n/a"
 
 
+def number(value: float | None, width: int, digits: int) -> str:
+    """A number that may not be known, in a column."""
+    return UNKNOWN.rjust(width) if value is None else f"{value:.{digits}f}".rjust(width)
+
+
 def figures(metrics: StepMetrics, total_steps: int) -> list[tuple[str, str]]:
     """The columns of a step line: names and values of constant width."""
     memory = f"{metrics.memory_gib:6.2f} GiB"
@@ -25,9 +30,9 @@ def figures(metrics: StepMetrics, total_steps: int) -> list[tuple[str, str]]:
         memory += f" ({metrics.memory_share:3.0%})"
     return [
         ("step", f"{metrics.step:{len(str(total_steps))}d}"),
-        ("loss", f"{metrics.loss:8.5f}"),
-        ("max_loss", f"{metrics.max_loss:8.5f}"),
-        ("grad_norm", f"{metrics.grad_norm:8.4f}"),
+        ("loss", number(metrics.loss, 8, 5)),
+        ("max_loss", number(metrics.max_loss, 8, 5)),
+        ("grad_norm", number(metrics.grad_norm, 8, 4)),
         ("lr", f"{metrics.lr:.2e}"),
         ("tokens/s", f"{metrics.tokens_per_second:8.0f}"),
         ("tflops", f"{metrics.tflops:7.3f}"),
@@ -116,7 +121,7 @@ class TerminalSink:
         if metrics.validation_loss is not None:
             self._console.print(Text(validation_line(metrics), "green"), soft_wrap=True)
         rate = f"{metrics.tokens_per_second:.0f}"
-        self._bar.update(self._task, completed=metrics.step, loss=f"{metrics.loss:.4f}", rate=rate)
+        self._bar.update(self._task, completed=metrics.step, loss=number(metrics.loss, 0, 4), rate=rate)
 
     def note(self, event: dict[str, Any]) -> None:
         """Nothing: what a reader must know of an event is a log message."""

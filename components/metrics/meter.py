@@ -113,17 +113,19 @@ class Meter:
         self._computed += computed
         self._steps += 1
 
-    def report(self, step: int, values: StepValues, lr: float, validation_loss: float | None = None) -> StepMetrics:
-        """The numbers of step `step` and the rates since the last report."""
+    def report(
+        self, step: int, values: StepValues | None, lr: float, validation_loss: float | None = None
+    ) -> StepMetrics:
+        """The numbers of step `step` and the rates since the last report. `values`: None if it was not computed."""
         seconds = max(self._clock() - self._begin - self._paused, 1e-9)
         rate = self._computed / seconds
         flops = rate * self._flops_per_token / self._ranks
         memory = self._memory(self._device)
         metrics = StepMetrics(
             step=step,
-            loss=values.loss,
-            max_loss=values.max_loss,
-            grad_norm=values.grad_norm,
+            loss=values.loss if values else None,
+            max_loss=values.max_loss if values else None,
+            grad_norm=values.grad_norm if values else None,
             lr=lr,
             tokens=self.tokens,
             tokens_per_second=rate,

@@ -12,11 +12,12 @@ class StepMetrics:
 
     step: int
     """The optimizer step, from 1."""
-    loss: float
-    """Mean loss per valid label token of the step's global batch, in nats."""
-    max_loss: float
+    loss: float | None
+    """Mean loss per valid label token of the step's global batch, in nats; None where it was not computed, like the
+    next two."""
+    max_loss: float | None
     """Largest per-row mean loss of the global batch."""
-    grad_norm: float
+    grad_norm: float | None
     """Global gradient norm before clipping."""
     lr: float
     """Learning rate that the step used."""

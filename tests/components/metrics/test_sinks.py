@@ -77,6 +77,16 @@ def test_pipe_line_of_a_bad_step(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == LINE.replace(" 4.12346", "     nan").replace("1.2500", "   inf") + "\n"
 
 
+def test_what_was_not_computed_is_not_known(capsys: pytest.CaptureFixture[str]) -> None:
+    passed_over = replace(STEP, loss=None, max_loss=None, grad_norm=None)
+    PipeSink(100).log(passed_over)
+    told = LINE.replace(" 4.12346", "     n/a").replace(" 5.50000", "     n/a").replace("  1.2500", "     n/a")
+    assert capsys.readouterr().out == told + "\n"
+    record = json.loads(passed_over.to_json())
+    assert [record[key] for key in ("loss", "max_loss", "grad_norm")] == [None] * 3
+    assert "nonfinite" not in record
+
+
 def test_stdout_that_is_no_terminal_gets_lines(capsys: pytest.CaptureFixture[str]) -> None:
     assert isinstance(console_sink(100, 0, plain=False), PipeSink)
 
