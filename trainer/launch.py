@@ -12,7 +12,8 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from functools import partialmethod
 from pathlib import Path
 from types import FrameType
@@ -101,8 +102,8 @@ def run_agent(
     if patience is not None:
         set_patience(config, patience)
     try:
-        answer_signals(config)
-        elastic_launch(config, command)(*arguments)
+        with answering_signals(config):
+            elastic_launch(config, command)(*arguments)
     except ChildFailedError as error:
         rank, failure = min(error.failures.items(), key=lambda item: urgency(item[1]))
         print(f"error: [rank {rank}] {told(failure)}", file=sys.stderr)
@@ -138,10 +139,12 @@ def set_patience(config: "LaunchConfig", seconds: int) -> None:
     setattr(PContext, "close", partialmethod(PContext.close, timeout=seconds))  # noqa: B010  # a class of torch's
 
 
-def answer_signals(config: "LaunchConfig") -> None:
+@contextmanager
+def answering_signals(config: "LaunchConfig") -> Iterator[None]:
     """Answer SIGTERM and SIGINT as the agent would, but not the echoes of the first: who is hasty loses no save.
 
     The agent passes the first two on. At the third it leaves, and its workers are killed (`orphans`), saved or not.
+    Once the agent has ended, so is the job, and no signal changes its code.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
@@ -158,6 +161,11 @@ def answer_signals(config: "LaunchConfig") -> None:
     config.signals_to_handle = "SIGHUP,SIGQUIT"  # those that are left to the agent
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, answer)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
 
 
 def pass_on(folder: RunFolder) -> None:
@@ -167,7 +175,7 @@ def pass_on(folder: RunFolder) -> None:
         if worker := folder.first_worker():
             os.kill(worker, number)
         else:
-            print("SIGUSR1: nothing is trained yet, so nothing is saved", file=sys.stderr)
+            print("SIGUSR1: nothing is being trained, so nothing is saved", file=sys.stderr)
 
     signal.signal(signal.SIGUSR1, forward)
 

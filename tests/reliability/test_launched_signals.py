@@ -86,6 +86,19 @@ def test_a_killed_rank_comes_back_from_the_last_checkpoint(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+def test_signals_at_the_end_of_a_job_do_not_change_its_code(tmp_path: Path) -> None:
+    """The workers have ended, and the launcher is about to."""
+    child = start(tmp_path)
+    wait_for(tmp_path / "checkpoint" / "step-6")
+    while child.poll() is None:
+        child.send_signal(USR1)
+        time.sleep(0.02)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 0, err
+    assert saved(tmp_path) == [6]
+
+
+@pytest.mark.slow
 def test_ranks_whose_launcher_is_killed_end_at_once(tmp_path: Path) -> None:
     """The store dies with it, so that they cannot agree on anything any more."""
     child = start(tmp_path, "--training.steps=100000", HOLD="data 3 1 0")
