@@ -32,7 +32,7 @@ from components.runtime.errors import CheckpointError, ConfigError, SaveError
 from components.runtime.logging import logger
 from trainer.exports import Exports, place
 from trainer.parts import Parts, Progress
-from trainer.run_folder import STARTED
+from trainer.run_folder import STARTED, restart_count
 
 NO_ADAPTER = "the model's family does not say how Hugging Face writes it (TrainSpec.state_dict_adapter)"
 EXPORT_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -123,7 +123,7 @@ class Persistence:
 
     def _is_under_way(self) -> bool:
         """Whether torchrun has started the workers again, and they have saved something before. Collective."""
-        steps = self.store.ranks.on_first(self.store.steps) if _restarted() else []
+        steps = self.store.ranks.on_first(self.store.steps) if restart_count() else []
         if not steps:
             return False
         if since := os.environ.get(STARTED):  # our launcher's
@@ -366,11 +366,6 @@ class Persistence:
     def _generators(self, parts: Parts, state: bytes) -> dict[str, Tensor]:
         """This rank's random generators as a tensor that no other rank has."""
         return {f"rng.{self.store.ranks.rank}": torch.frombuffer(bytearray(state), dtype=torch.uint8)}
-
-
-def _restarted() -> bool:
-    """Whether torchrun has started the workers again."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
 def _alike(saved: Mapping[str, Any], here: Mapping[str, Any]) -> bool:

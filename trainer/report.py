@@ -11,6 +11,7 @@ from components.runtime.errors import UserError
 from components.runtime.logging import logger
 from components.runtime.provenance import git_revision, versions
 from trainer.config.output import to_toml
+from trainer.run_folder import restart_count
 
 if TYPE_CHECKING:
     from trainer.config.load import ResolvedJob
@@ -54,6 +55,8 @@ def write(path: Path, content: str) -> None:
 def describe_job(trainer: Trainer, notes: list[str]) -> None:
     """Log what is about to run."""
     job, degrees = trainer.job, trainer.dims.degrees
+    if restarts := restart_count():
+        logger.warning("a rank has failed: all of them have been started again (restart %d)", restarts)
     for note in notes:
         logger.info("note: %s", note)
     logger.info("%s: %s", job.job.description, trainer.dump_folder)

@@ -34,10 +34,15 @@ def start_time(environ: Mapping[str, str]) -> float:
     return started
 
 
+def restart_count(environ: Mapping[str, str] = os.environ) -> int:
+    """How often torchrun has started the workers again."""
+    return int(environ.get("TORCHELASTIC_RESTART_COUNT") or "0")
+
+
 class RunFolder:
     """Of one machine's workers; `attempt` counts torchrun's restarts."""
 
-    def __init__(self, path: Path | str, attempt: str = "0") -> None:
+    def __init__(self, path: Path | str, attempt: int = 0) -> None:
         self._path, self._attempt = Path(path), attempt
 
     @classmethod
@@ -45,7 +50,7 @@ class RunFolder:
         """The one that the launcher has made; None without our launcher."""
         if VARIABLE not in environ or "TORCHELASTIC_RUN_ID" not in environ:
             return None
-        return cls(environ[VARIABLE], environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        return cls(environ[VARIABLE], restart_count(environ))
 
     def leave_code(self, local_rank: int, code: int) -> None:
         """From a worker: what it ends with."""

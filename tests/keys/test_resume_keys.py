@@ -108,6 +108,7 @@ def test_a_restart_by_torchrun_does_not_begin_again(saved: Done) -> None:
     (outcome,) = run_ranks(1, restart, argv, surroundings(), backend=None)
     assert outcome.code == 0
     assert "loaded step-2\n" in outcome.stderr
+    assert "a rank has failed: all of them have been started again (restart 1)\n" in outcome.stderr
 
 
 @pytest.mark.parametrize(("since", "loaded"), [("0", "loaded step-2\n"), ("9e9", "loaded step-1, all but optimizer\n")])
