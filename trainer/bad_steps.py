@@ -1,9 +1,10 @@
 """Steps whose loss or gradient is not finite, or far above those before: found before the optimizer step, and met by
 stopping, skipping, or going back to the last checkpoint and passing over the batch when it comes again.
 
-The verdict depends on the global loss, the global gradient norm and those of the steps before, which are the same
-numbers everywhere, so that every rank takes the same turn without asking; only a bad step is worth a collective, to say
-where it came from. What it depends on is saved with the job, so that a resumed run decides alike.
+The verdict depends on the global loss, the global gradient norm and those of the steps before. Whether these are finite
+is the same everywhere, so that every rank takes the same turn without asking; by how much one is above the others may
+differ in the last bit, so there rank 0's numbers count. Only a bad step is worth more, to say where it came from. What
+the verdict depends on is saved with the job, so that a resumed run decides alike.
 
 What is passed over is saved with the job too. Until the next checkpoint it stands in `passed_over.json`: a checkpoint
 is never written into, and a job that is killed right after it has gone back must not meet the step again. Rejected: to
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from components.config.training import Training
 from components.metrics.meter import StepValues
+from components.runtime.distributed import of_first_rank
 from components.runtime.errors import EspalierError, NonFiniteError, SpikeError
 from components.runtime.logging import logger
 from trainer import nonfinite
@@ -115,9 +117,14 @@ class BadSteps:
             self._avoid(trainer.progress, noted)
 
     def accept(self, facts: StepFacts) -> Verdict:
-        """Judge a step; one that is ok enters the history."""
+        """Judge a step; one that is ok enters the history. Collective where spikes are looked for.
+
+        What is compared must be the same to the last bit: ranks of different groups may have added in another order.
+        """
         progress = self.trainer.progress
         loss, norm = _numbers(facts.values)
+        if self.judge.window:
+            loss, norm = of_first_rank((loss, norm))
         verdict = self.judge.judge(loss, norm, progress.recent)
         if verdict.kind == "ok":
             progress.recent = self.judge.remember(loss, norm, progress.recent)

@@ -10,6 +10,7 @@ import os
 import secrets
 import socket
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -146,6 +147,14 @@ def all_reduce_max(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
     if group is not None:
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group)
     return tensor
+
+
+def of_first_rank(values: Sequence[float]) -> list[float]:
+    """Rank 0's numbers, on all ranks; these, where there is one. Over gloo in every set-up. Collective."""
+    agreed = torch.tensor(values, dtype=torch.float64)
+    if dist.is_initialized() and dist.get_world_size() > 1 and dist.get_backend() != dist.Backend.FAKE:
+        dist.broadcast(agreed, src=0)
+    return agreed.tolist()
 
 
 def _set_flight_recorder(comm: Comm, prefix: str, device: torch.device) -> None:

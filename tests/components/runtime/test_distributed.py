@@ -10,7 +10,14 @@ import torch.distributed as dist
 
 from components.config.parallelism import Comm
 from components.runtime import distributed
-from components.runtime.distributed import all_reduce_max, all_reduce_sum, init_fake, init_process_group, set_timeout
+from components.runtime.distributed import (
+    all_reduce_max,
+    all_reduce_sum,
+    init_fake,
+    init_process_group,
+    of_first_rank,
+    set_timeout,
+)
 from components.runtime.errors import ExitCode, UserError
 from components.runtime.world import World
 from tests.ranks import run_ranks
@@ -53,6 +60,15 @@ def test_reductions() -> None:
         ([3.0, 9.0], [2.0, 5.0], [1.0, 5.0]),
         ([3.0, 9.0], [2.0, 5.0], [2.0, 4.0]),
     ]
+
+
+def _first() -> list[float]:
+    return of_first_rank([0.1 + dist.get_rank() * 2**-56, float("inf")])
+
+
+def test_the_first_rank_s_numbers() -> None:
+    assert run_ranks(2, _first) == [[0.1, float("inf")]] * 2
+    assert of_first_rank([0.1]) == [0.1]
 
 
 def _late_rank() -> float:
