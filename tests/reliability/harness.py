@@ -7,6 +7,7 @@ mapped: each call below the folder of the checkpoints, the part of the commit pr
 returned.
 """
 
+import atexit
 import ctypes
 import functools
 import importlib
@@ -147,6 +148,7 @@ def library() -> Path:
     if sys.platform != "linux" or not compiler:
         pytest.skip("needs Linux and a C compiler: calls are watched by a preloaded library")
     target = Path(tempfile.mkdtemp(prefix="calls-")) / "calls.so"
+    atexit.register(shutil.rmtree, target.parent, ignore_errors=True)
     subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", target, SOURCE, "-ldl"], check=True)
     return target
 
