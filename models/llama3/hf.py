@@ -7,38 +7,19 @@ and are converted by whoever publishes them for Hugging Face.
 from typing import Any
 
 from components.checkpoint.hf_config import Adapter
-from components.checkpoint.names import Rename, Rule, TheirsAlone
+from components.checkpoint.names import Rule, TheirsAlone
+from models.hf_names import BLOCK, FEED_FORWARD, THEIRS, decoder, tied_head
 from models.llama3.args import Llama3Args
-
-_BLOCK = {
-    "attention.wq": "self_attn.q_proj",
-    "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj",
-    "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w2": "mlp.down_proj",
-    "feed_forward.w3": "mlp.up_proj",
-    "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
-HEAD = "lm_head.weight"
 
 
 def rules(args: Llama3Args) -> tuple[Rule, ...]:
     """The table of names."""
-    head = () if args.tied_embeddings else (Rename("output.weight", HEAD),)
-    return (
-        Rename("tok_embeddings.weight", "model.embed_tokens.weight"),
-        *(Rename(f"layers.{{layer}}.{a}.weight", f"model.layers.{{layer}}.{b}.weight") for a, b in _BLOCK.items()),
-        Rename("norm.weight", "model.norm.weight"),
-        *head,
-    )
+    return decoder({**BLOCK, **FEED_FORWARD}, tied=args.tied_embeddings)
 
 
 def extras(args: Llama3Args) -> tuple[TheirsAlone, ...]:
     """What published files hold besides: the head of a tied model, and frequencies, which follow from config.json."""
-    head = (TheirsAlone(HEAD, same_as="model.embed_tokens.weight"),) if args.tied_embeddings else ()
-    return (*head, TheirsAlone("model.layers.{layer}.self_attn.rotary_emb.inv_freq"))
+    return (*tied_head(args.tied_embeddings), TheirsAlone(f"{THEIRS}self_attn.rotary_emb.inv_freq"))
 
 
 def to_config(args: Llama3Args) -> dict[str, Any]:

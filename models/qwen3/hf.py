@@ -9,53 +9,30 @@ from typing import Any
 
 from components.checkpoint.hf_config import Adapter
 from components.checkpoint.names import OursAlone, Rename, Rule, StackExperts, TheirsAlone
+from models.hf_names import BLOCK, FEED_FORWARD, MATRICES, OURS, THEIRS, decoder, tied_head
 from models.qwen3.args import Qwen3Args
 
-_BLOCK = {
-    "attention.wq": "self_attn.q_proj",
-    "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj",
-    "attention.q_norm": "self_attn.q_norm",
-    "attention.k_norm": "self_attn.k_norm",
-    "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
-_FEED_FORWARD = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
-_OURS, _THEIRS = "layers.{layer}.", "model.layers.{layer}."
-HEAD = "lm_head.weight"
+_BLOCK = {**BLOCK, "attention.q_norm": "self_attn.q_norm", "attention.k_norm": "self_attn.k_norm"}
 
 
 def rules(args: Qwen3Args) -> tuple[Rule, ...]:
     """The table of names."""
-    head = () if args.tied_embeddings else (Rename("output.weight", HEAD),)
-    return (
-        Rename("tok_embeddings.weight", "model.embed_tokens.weight"),
-        *(Rename(f"{_OURS}{a}.weight", f"{_THEIRS}{b}.weight") for a, b in _BLOCK.items()),
-        *(_dense() if args.experts is None else _sparse()),
-        Rename("norm.weight", "model.norm.weight"),
-        *head,
-    )
-
-
-def _dense() -> list[Rule]:
-    return [Rename(f"{_OURS}feed_forward.{a}.weight", f"{_THEIRS}mlp.{b}.weight") for a, b in _FEED_FORWARD.items()]
-
-
-def _sparse() -> list[Rule]:
-    return [
-        Rename(f"{_OURS}moe.router.gate.weight", f"{_THEIRS}mlp.gate.weight"),
+    if args.experts is None:
+        return decoder({**_BLOCK, **FEED_FORWARD}, tied=args.tied_embeddings)
+    experts = (
+        Rename(f"{OURS}moe.router.gate.weight", f"{THEIRS}mlp.gate.weight"),
         *(
-            StackExperts(f"{_OURS}moe.experts.{a}", f"{_THEIRS}mlp.experts.{{expert}}.{b}.weight")
-            for a, b in _FEED_FORWARD.items()
+            StackExperts(f"{OURS}moe.experts.{a}", f"{THEIRS}mlp.experts.{{expert}}.{b}.weight")
+            for a, b in MATRICES.items()
         ),
-        OursAlone(f"{_OURS}moe.expert_bias", "the selection bias of experts"),
-    ]
+        OursAlone(f"{OURS}moe.expert_bias", "the selection bias of experts"),
+    )
+    return decoder(_BLOCK, *experts, tied=args.tied_embeddings)
 
 
 def extras(args: Qwen3Args) -> tuple[TheirsAlone, ...]:
     """What published files hold besides: the head of a tied model."""
-    return (TheirsAlone(HEAD, same_as="model.embed_tokens.weight"),) if args.tied_embeddings else ()
+    return tied_head(args.tied_embeddings)
 
 
 def to_config(args: Qwen3Args) -> dict[str, Any]:
