@@ -69,6 +69,16 @@ def expert_problems(job: JobConfig, count: int = 0, hidden: int = 0) -> Iterator
             yield f"{key}: {size} {what}{of} cannot be dealt evenly to {degree} ranks; take a divisor of {size}"
 
 
+def length_problems(job: JobConfig, longest: int) -> Iterator[str]:
+    """Rows longer than what the flavor was made for."""
+    lengths = {"training.seq_len": job.training.seq_len}
+    if job.validation.enable:
+        lengths["validation.seq_len"] = job.validation.seq_len
+    for key, length in lengths.items():
+        if length > longest:
+            yield f"{key} = {length}: longer than the {longest} tokens this flavor was made for; shorten it"
+
+
 def _choice(numbers: list[int]) -> str:
     *most, last = map(str, numbers)
     return f"{', '.join(most)} or {last}" if most else last

@@ -47,7 +47,7 @@ class Adapter:
         ours, theirs = _compared(self.to_config(args), defaults), _compared(config, defaults)
         problems = [
             f"{key} = {_show(theirs[key])}, this model has {_show(ours[key])}"
-            for key in ours
+            for key in sorted(ours)
             if ours[key] != theirs[key]
         ]
         if config.get("quantization_config") is not None:

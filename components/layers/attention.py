@@ -10,7 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from components.layers.initialize import Init
+from components.layers.norm import norm, norm_inits
 from components.layers.rotary import Rotation, apply_rotary
+from components.layers.shapes import AttentionShape, NormShape, Reach
 
 
 def document_mask(document_ids: Tensor) -> Tensor:
@@ -29,15 +32,25 @@ def document_mask(document_ids: Tensor) -> Tensor:
 
 
 class AttentionMask(nn.Module):
-    """Makes the mask that all blocks of a forward pass share. A module, so that context parallelism can replace it."""
+    """Makes the mask that all blocks of a kind share in a forward pass. A module, so that context parallelism can
+    replace it."""
 
-    def forward(self, document_ids: Tensor | None) -> Tensor | None:
-        """`document_mask`, or None without documents: causal attention over the whole row. # (rows, seq)"""
+    def __init__(self, reach: Reach) -> None:
+        super().__init__()
+        self.reach = reach
+
+    def forward(self, positions: Tensor, document_ids: Tensor | None) -> Tensor | None:
+        """`document_mask`, or None without documents: causal attention over the whole row. # both (rows, seq)"""
         return None if document_ids is None else document_mask(document_ids)
 
 
 class InnerAttention(nn.Module):
     """Attention proper: queries, keys, values in, values out. A module, so that context parallelism can wrap it."""
+
+    def __init__(self, scale: float | None = None) -> None:
+        """`scale`: what scores are multiplied with; None: 1 / √head_dim."""
+        super().__init__()
+        self.scale = scale
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """Causal attention, or attention by `mask` where there is one.
@@ -52,36 +65,44 @@ class InnerAttention(nn.Module):
             # (rows, heads, seq, head_dim)
         """
         grouped = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=grouped
+        )
 
 
 class Attention(nn.Module):
-    """Rotary grouped-query self-attention without biases."""
+    """Grouped-query self-attention of an `AttentionShape`."""
 
-    def __init__(
-        self, dim: int, n_heads: int, n_kv_heads: int, head_dim: int, qk_norm_eps: float | None = None
-    ) -> None:
-        """Sizes. With `qk_norm_eps` each head's queries and keys are normed before they are turned."""
+    def __init__(self, dim: int, shape: AttentionShape, norms: NormShape) -> None:
         super().__init__()
-        self.head_dim = head_dim
-        self.wq = nn.Linear(dim, n_heads * head_dim, bias=False)
-        self.wk = nn.Linear(dim, n_kv_heads * head_dim, bias=False)
-        self.wv = nn.Linear(dim, n_kv_heads * head_dim, bias=False)
-        self.wo = nn.Linear(n_heads * head_dim, dim, bias=False)
-        self.inner = InnerAttention()
+        self.shape, self.eps = shape, norms.eps
+        width, kv_width = shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim
+        self.wq = nn.Linear(dim, width, bias=shape.bias)
+        self.wk = nn.Linear(dim, kv_width, bias=shape.bias)
+        self.wv = nn.Linear(dim, kv_width, bias=shape.bias)
+        self.wo = nn.Linear(width, dim, bias=shape.out_bias)
+        self.inner = InnerAttention(shape.scale)
         self.q_norm, self.k_norm = (
-            nn.Identity() if qk_norm_eps is None else nn.RMSNorm(head_dim, eps=qk_norm_eps) for _ in range(2)
+            norm(shape.head_dim, norms) if shape.qk_norm == "before" else nn.Identity() for _ in range(2)
         )
 
-    def forward(self, x: Tensor, turn: Rotation, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, turn: Rotation | None, mask: Tensor | None, positions: Tensor) -> Tensor:
         """Attend within each row. # (rows, seq, dim) → (rows, seq, dim)
 
-        `mask` is `document_mask`'s, or None for causal attention over the whole row.
+        `turn`: of the layer's rotary positions, None if it has none. `mask`: `AttentionMask`'s, or None for causal
+        attention over the whole row. `positions`: of the tokens, int64 (rows, seq).
         """
         rows, seq, _ = x.shape
-        heads = (rows, seq, -1, self.head_dim)  # -1: under tensor parallelism a rank holds some of the heads
+        heads = (rows, seq, -1, self.shape.head_dim)  # -1: under tensor parallelism a rank holds some of the heads
         q, k = self.q_norm(self.wq(x).view(heads)), self.k_norm(self.wk(x).view(heads))
-        q, k = apply_rotary(q, k, turn)
+        if turn is not None:
+            q, k = apply_rotary(q, k, turn)
         v = self.wv(x).view(heads)
         out = self.inner(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
         return self.wo(out.transpose(1, 2).reshape(rows, seq, -1))
+
+    def inits(self, matrix: Init, into_stream: Init) -> dict[str, Init]:
+        """How each parameter is initialized, by name: matrices as said, norms as if they were not there."""
+        table: dict[str, Init] = {f"{name}.weight": matrix for name in ("wq", "wk", "wv")}
+        table |= {"wo.weight": into_stream}
+        return table | norm_inits(self)

@@ -28,6 +28,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor  # has no public home; torch's own documentation imports it here
 from torch.distributed.tensor import DTensor
 
+from components.layers.feed_forward import FeedForward
+from components.layers.initialize import Init
+from components.layers.shapes import ExpertsShape, FeedForwardShape
 from components.mesh.collectives import all_reduce, piece
 from components.mesh.experts import TokenRanks, by_expert, combine, routed
 
@@ -44,9 +47,9 @@ class Routes(NamedTuple):
 class Router(nn.Module):
     """Scores each expert for each token. The softmax is taken in fp32."""
 
-    def __init__(self, dim: int, experts: int) -> None:
+    def __init__(self, dim: int, shape: ExpertsShape) -> None:
         super().__init__()
-        self.gate = nn.Linear(dim, experts, bias=False)
+        self.gate = nn.Linear(dim, shape.count, bias=shape.router_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Probabilities of all experts. # (rows, seq, dim) → (rows, seq, experts)"""
@@ -56,8 +59,9 @@ class Router(nn.Module):
 class Experts(nn.Module):
     """SwiGLU experts, `w2(silu(w1 x) · w3 x)` each, their matrices stacked."""
 
-    def __init__(self, dim: int, hidden: int, experts: int) -> None:
+    def __init__(self, dim: int, shape: ExpertsShape) -> None:
         super().__init__()
+        experts, hidden = shape.count, shape.hidden
         self.w1 = nn.Parameter(torch.empty(experts, hidden, dim))
         self.w2 = nn.Parameter(torch.empty(experts, dim, hidden))
         self.w3 = nn.Parameter(torch.empty(experts, hidden, dim))
@@ -143,38 +147,16 @@ class MoE(nn.Module):
     expert_bias: Tensor | None
     tokens_per_expert: Tensor | None
 
-    def __init__(
-        self,
-        dim: int,
-        hidden: int,
-        experts: int,
-        k: int,
-        *,
-        normalize: bool = True,
-        balance_coefficient: float = 0.0,
-        bias_rate: float = 0.0,
-        force_balance: bool = False,
-    ) -> None:
-        """Sizes, and what balances the experts.
-
-        Args:
-            dim: Width of the residual stream.
-            hidden: Width between an expert's matrices.
-            experts: Number of experts.
-            k: Experts of each token.
-            normalize: Scale a token's weights so that they add up to 1.
-            balance_coefficient: Weight of the balance loss in the objective.
-            bias_rate: Step of the selection bias; 0: there is none.
-            force_balance: Deal tokens to experts in turn, whatever the router says.
-        """
+    def __init__(self, dim: int, shape: ExpertsShape) -> None:
         super().__init__()
-        self.n_experts, self.k, self.normalize, self.force_balance = experts, k, normalize, force_balance
-        self.balance_coefficient, self.bias_rate = balance_coefficient, bias_rate
-        self.router = Router(dim, experts)
-        self.experts = Experts(dim, hidden, experts)
-        biased = bias_rate > 0
-        self.register_buffer("expert_bias", torch.zeros(experts, dtype=torch.float32) if biased else None)
-        counts = torch.zeros(experts, dtype=torch.int64) if biased else None
+        self.shape = shape
+        self.n_experts, self.k = shape.count, shape.per_token
+        self.router = Router(dim, shape)
+        self.experts = Experts(dim, shape)
+        self.shared = FeedForward(dim, FeedForwardShape(shape.shared_hidden)) if shape.shared_hidden else None
+        biased = shape.selection_bias or shape.bias_rate > 0
+        self.register_buffer("expert_bias", torch.zeros(shape.count, dtype=torch.float32) if biased else None)
+        counts = torch.zeros(shape.count, dtype=torch.int64) if shape.bias_rate > 0 else None
         self.register_buffer("tokens_per_expert", counts, persistent=False)  # since the last step
         self.ranks = TokenRanks()
 
@@ -194,13 +176,15 @@ class MoE(nn.Module):
         positions = piece(positions, 1, self.ranks.sequence)
         routes = self.route(x, positions)
         probabilities, seen = routes.probabilities, None
-        if shares is not None and (self.balance_coefficient or self.bias_rate):
+        if shares is not None and (self.shape.balance_coefficient or self.shape.bias_rate):
             shares = piece(shares, 1, self.ranks.sequence)
             counts = self.count(routes.chosen, shares > 0)
-            probabilities = self.balance(probabilities, counts, shares) if self.balance_coefficient else probabilities
-            seen = counts[:, :-1].sum(0) if self.bias_rate else None
+            probabilities = (
+                self.balance(probabilities, counts, shares) if self.shape.balance_coefficient else probabilities
+            )
+            seen = counts[:, :-1].sum(0) if self.shape.bias_rate else None
         weights = probabilities.gather(-1, routes.chosen)
-        if self.normalize:
+        if self.shape.normalize:
             weights = weights / weights.sum(-1, keepdim=True)
         out = self.experts(x.flatten(0, 1), routes.chosen.flatten(0, 1), weights.flatten(0, 1))
         return out.view(x.shape), seen
@@ -208,7 +192,7 @@ class MoE(nn.Module):
     def route(self, x: Tensor, positions: Tensor) -> Routes:
         """Choose k experts for each token; of equal ones the first."""
         probabilities = self.router(x)
-        if self.force_balance:
+        if self.shape.force_balance:
             turn = positions[..., None] * self.k + torch.arange(self.k, device=positions.device)
             return Routes(probabilities, turn % self.n_experts)
         scores = probabilities.detach()
@@ -228,7 +212,14 @@ class MoE(nn.Module):
         for axis in self.ranks.row:
             counts = all_reduce(counts, axis)
         load = counts[:, :-1] * self.n_experts / (self.k * counts[:, -1:].clamp(min=1))  # f_e, (rows, experts)
-        return _AddGradient.apply(probabilities, self.balance_coefficient * load[:, None] * shares[..., None])
+        return _AddGradient.apply(probabilities, self.shape.balance_coefficient * load[:, None] * shares[..., None])
+
+    def inits(self, matrix: Init, into_stream: Init) -> dict[str, Init]:
+        """How each parameter is initialized, by name: experts like the feed-forward matrices that they stand for,
+        the router like any other matrix."""
+        experts = {"experts.w1": matrix, "experts.w2": into_stream, "experts.w3": matrix}
+        shared = self.shared.inits(matrix, into_stream) if self.shared is not None else {}
+        return {**experts, "router.gate.weight": matrix, **{f"shared.{name}": init for name, init in shared.items()}}
 
     def observe(self, counts: Tensor | None) -> None:
         """Take note of a microbatch's choices."""
@@ -258,7 +249,7 @@ class SelectionBias:
 
     def __init__(self, parts: Sequence[nn.Module]) -> None:
         layers = [module for part in parts for module in part.modules() if isinstance(module, MoE)]
-        self.layers = [layer for layer in layers if layer.expert_bias is not None]
+        self.layers = [layer for layer in layers if layer.shape.bias_rate > 0]
 
     @torch.no_grad()
     def step(self) -> None:
@@ -271,7 +262,7 @@ class SelectionBias:
         lacking = counts.sum(1, keepdim=True) - counts * counts.shape[1]  # (mean − count) · experts
         for layer, sign in zip(self.layers, lacking.sign(), strict=True):
             if layer.expert_bias is not None:
-                layer.expert_bias += layer.bias_rate * sign
+                layer.expert_bias += layer.shape.bias_rate * sign
 
     def reset(self) -> None:
         """Forget the counts: another step begins, or this one was skipped."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from components.checkpoint.hf_config import Adapter
 from components.checkpoint.names import Rule, TheirsAlone
-from models.hf_names import BLOCK, FEED_FORWARD, THEIRS, decoder, tied_head
+from models.decoder.hf import BLOCK, DEFAULTS, FEED_FORWARD, THEIRS, decoder, decoder_config, tied_head
 from models.llama3.args import Llama3Args
 
 
@@ -24,56 +24,20 @@ def extras(args: Llama3Args) -> tuple[TheirsAlone, ...]:
 
 def to_config(args: Llama3Args) -> dict[str, Any]:
     """config.json, without the type of the weights."""
-    scaling = args.rope_scaling
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": args.vocab_size,
-        "hidden_size": args.dim,
-        "intermediate_size": args.ffn_hidden,
-        "num_hidden_layers": args.n_layers,
-        "num_attention_heads": args.n_heads,
-        "num_key_value_heads": args.n_kv_heads,
-        "head_dim": args.head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": args.max_seq_len,
-        "rms_norm_eps": args.norm_eps,
-        "rope_theta": args.rope_theta,
-        "rope_scaling": scaling
-        and {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_position,
-        },
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": args.tied_embeddings,
-        "bos_token_id": None,  # the tokenizer's, which a model's shape does not say
-        "eos_token_id": None,
-    }
+    kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "mlp_bias": False}
+    return {**decoder_config(args), **kind, "intermediate_size": args.ffn_hidden}
 
 
 def defaults(args: Llama3Args) -> dict[str, Any]:
     """What transformers takes for a field that a config.json does not say."""
-    return {
-        "model_type": None,
+    sizes = {
         "vocab_size": 32000,
         "hidden_size": 4096,
         "intermediate_size": 11008,
         "num_hidden_layers": 32,
         "num_attention_heads": 32,
-        "num_key_value_heads": None,  # as many as queries
-        "head_dim": None,  # hidden_size / num_attention_heads
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
-        "rope_scaling": None,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": False,
     }
+    return {**DEFAULTS, **sizes, "mlp_bias": False}
 
 
 ADAPTER = Adapter(rules, to_config, defaults, extras)

@@ -9,10 +9,21 @@ from typing import Any
 
 from components.checkpoint.hf_config import Adapter
 from components.checkpoint.names import OursAlone, Rename, Rule, StackExperts, TheirsAlone
-from models.hf_names import BLOCK, FEED_FORWARD, MATRICES, OURS, THEIRS, decoder, tied_head
+from models.decoder.hf import (
+    BLOCK,
+    DEFAULTS,
+    FEED_FORWARD,
+    MATRICES,
+    OURS,
+    QK_NORMS,
+    THEIRS,
+    decoder,
+    decoder_config,
+    tied_head,
+)
 from models.qwen3.args import Qwen3Args
 
-_BLOCK = {**BLOCK, "attention.q_norm": "self_attn.q_norm", "attention.k_norm": "self_attn.k_norm"}
+_BLOCK = {**BLOCK, **QK_NORMS}
 
 
 def rules(args: Qwen3Args) -> tuple[Rule, ...]:
@@ -52,26 +63,7 @@ def to_config(args: Qwen3Args) -> dict[str, Any]:
             "norm_topk_prob": experts.normalize,
             "router_aux_loss_coef": experts.balance_coefficient,
         }
-    return {
-        **kind,
-        "vocab_size": args.vocab_size,
-        "hidden_size": args.dim,
-        "num_hidden_layers": args.n_layers,
-        "num_attention_heads": args.n_heads,
-        "num_key_value_heads": args.n_kv_heads,
-        "head_dim": args.head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": args.max_seq_len,
-        "rms_norm_eps": args.norm_eps,
-        "rope_theta": args.rope_theta,
-        "rope_scaling": None,
-        "attention_bias": False,
-        "use_sliding_window": False,
-        "sliding_window": None,
-        "tie_word_embeddings": args.tied_embeddings,
-        "bos_token_id": None,  # the tokenizer's, which a model's shape does not say
-        "eos_token_id": None,
-    }
+    return {**decoder_config(args), **kind, "use_sliding_window": False, "sliding_window": None}
 
 
 def defaults(args: Qwen3Args) -> dict[str, Any]:
@@ -85,24 +77,16 @@ def defaults(args: Qwen3Args) -> dict[str, Any]:
         "num_experts_per_tok": 8,
         "norm_topk_prob": False,
     }
-    return {
-        "model_type": None,
+    sizes = {
         "vocab_size": 151936,
         "hidden_size": 4096 if args.experts is None else 2048,
         "num_hidden_layers": 32 if args.experts is None else 24,
         "num_attention_heads": 32,
         "num_key_value_heads": 32 if args.experts is None else 4,
         "head_dim": 128 if args.experts is None else None,  # None: hidden_size / num_attention_heads
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
-        "rope_scaling": None,
-        "attention_bias": False,
-        "use_sliding_window": False,
-        "layer_types": None,
-        "tie_word_embeddings": False,
-        **(dense if args.experts is None else sparse),
     }
+    window = {"use_sliding_window": False, "layer_types": None}
+    return {**DEFAULTS, **sizes, **window, **(dense if args.experts is None else sparse)}
 
 
 ADAPTER = Adapter(rules, to_config, defaults, extras)

@@ -14,9 +14,9 @@ from components.mesh.degrees import Degrees
 from components.mesh.parallel_dims import ParallelDims
 from components.parallel.tensor import tensor
 from components.runtime.errors import ConfigError
+from models.decoder.model import Decoder
+from models.decoder.plan import decoder_plan
 from models.llama3.args import Llama3Args
-from models.llama3.model import Llama3
-from models.llama3.parallelize import llama3_plan
 from tests.keys.test_compute_keys import Counting
 from tests.ranks import run_ranks
 from trainer.config.load import load_job
@@ -30,9 +30,9 @@ DEGREES = Degrees(tp=2)
 
 
 def cut(parallelism: Parallelism) -> Any:
-    model = Llama3(ARGS)
+    model = Decoder(ARGS)
     dims = ParallelDims.build(DEGREES, "cpu")
-    tensor(model, llama3_plan(ARGS), dims, JobConfig(parallelism=parallelism))
+    tensor(model, decoder_plan(ARGS), dims, JobConfig(parallelism=parallelism))
     return model
 
 

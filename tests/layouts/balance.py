@@ -44,7 +44,7 @@ class Experts:
 
     def choices(self, layer: Any, probabilities: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
         """1 where a token with a label goes to an expert. Raises ValueError if a choice is too close."""
-        if layer.force_balance:
+        if layer.shape.force_balance:
             turn = (positions[..., None] * layer.k + torch.arange(layer.k)) % layer.n_experts
             return F.one_hot(turn, layer.n_experts).sum(-2).float() * valid[..., None]
         scores = probabilities.detach() + layer.expert_bias
@@ -59,5 +59,5 @@ class Experts:
     def step(self) -> None:
         """Bias += rate · sign(mean − count) over the tokens since the last step."""
         for layer, counts in zip(self.layers, self.counts, strict=True):
-            layer.expert_bias += layer.bias_rate * (counts.mean() - counts).sign()
+            layer.expert_bias += layer.shape.bias_rate * (counts.mean() - counts).sign()
             counts.zero_()

@@ -15,11 +15,11 @@ from components.data.documents import DatasetRequest
 from components.data.indexed import RowIndex
 from components.data.registry import datasets
 from components.layers.initialize import Init, Normal
+from components.layers.shapes import ExpertsShape
+from models.decoder.model import Decoder
 from models.llama3.args import FLAVORS
-from models.llama3.model import Llama3
 from models.llama3.spec import load as load_llama
-from models.qwen3.args import Experts, Qwen3Args
-from models.qwen3.model import Qwen3
+from models.qwen3.args import Qwen3Args
 from models.qwen3.spec import load as load_qwen
 from models.train_spec import register_train_spec
 
@@ -32,23 +32,14 @@ LLAMA = {
     "odd": replace(UNTIED, n_heads=3, n_kv_heads=1),
 }
 
-EXPERTS = Experts(count=8, per_token=2, hidden=20, balance_coefficient=0.1, bias_rate=0.02)
+EXPERTS = ExpertsShape(count=8, per_token=2, hidden=20, balance_coefficient=0.1, bias_rate=0.02)
 MOE = Qwen3Args(dim=24, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=6, vocab_size=67, experts=EXPERTS)
 QWEN = {"moe": MOE, "even": replace(MOE, vocab_size=68), "deep": replace(MOE, n_layers=4)}
 
 
-class LoudLlama(Llama3):
+class Loud(Decoder):
     """Starts from larger matrices: else attention looks everywhere alike, its gradients are next to nothing beside the
-    head's, and no bound on them would mean much."""
-
-    def inits(self) -> dict[str, Init]:
-        """Matrices that keep a signal's size."""
-        loud = Normal(self.args.dim**-0.5)
-        return {name: loud if isinstance(init, Normal) else init for name, init in super().inits().items()}
-
-
-class LoudQwen(Qwen3):
-    """The same, so that routers tell experts apart."""
+    head's, routers do not tell experts apart, and no bound on them would mean much."""
 
     def inits(self) -> dict[str, Init]:
         """Matrices that keep a signal's size."""
@@ -104,5 +95,5 @@ def _no_tokenizer(job: JobConfig) -> Any:
 if "uneven" not in datasets:
     datasets.register("uneven", _open)
     own: dict[str, Any] = {"build_tokenizer_fn": _no_tokenizer}
-    register_train_spec("matrix_llama", replace(load_llama(), model_cls=LoudLlama, model_args=LLAMA, **own))
-    register_train_spec("matrix_qwen", replace(load_qwen(), model_cls=LoudQwen, model_args=QWEN, **own))
+    register_train_spec("matrix_llama", replace(load_llama(), model_cls=Loud, model_args=LLAMA, **own))
+    register_train_spec("matrix_qwen", replace(load_qwen(), model_cls=Loud, model_args=QWEN, **own))

@@ -16,11 +16,12 @@ from components.checkpoint.hf_import import load_hf
 from components.checkpoint.ranks import Ranks
 from components.checkpoint.state import model_tensors
 from components.config.job_config import JobConfig
+from components.layers.shapes import ExpertsShape
 from components.mesh.degrees import Degrees
 from components.mesh.parallel_dims import ParallelDims
 from components.runtime.errors import CheckpointError
 from models.llama3.args import Llama3Args
-from models.qwen3.args import Experts, Qwen3Args
+from models.qwen3.args import Qwen3Args
 from models.train_spec import families
 from tests.models.hf_twins import JOB, export
 from tests.ranks import run_ranks
@@ -35,7 +36,7 @@ MOE = Qwen3Args(
     n_kv_heads=2,
     head_dim=10,
     vocab_size=65,
-    experts=Experts(count=6, per_token=2, hidden=14, bias_rate=0.01),
+    experts=ExpertsShape(count=6, per_token=2, hidden=14, bias_rate=0.01),
 )
 CASES: dict[str, tuple[str, Any, Degrees]] = {
     "fsdp × tp": ("llama3", LLAMA, Degrees(dp_shard=2, tp=2)),

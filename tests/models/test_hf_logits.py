@@ -13,12 +13,12 @@ from components.checkpoint.fingerprint import JobIdentity
 from components.checkpoint.hf_config import Adapter
 from components.checkpoint.state import model_tensors
 from components.data.tokenizer import load_tokenizer
-from models.llama3.args import FLAVORS, Llama3Args, RopeScaling
+from components.layers.shapes import ExpertsShape, Llama3Scaling
+from models.decoder.model import Decoder
+from models.llama3.args import FLAVORS, Llama3Args
 from models.llama3.hf import ADAPTER as LLAMA3
-from models.llama3.model import Llama3
-from models.qwen3.args import Experts, Qwen3Args
+from models.qwen3.args import Qwen3Args
 from models.qwen3.hf import ADAPTER as QWEN3
-from models.qwen3.model import Qwen3
 from scripts.checkpoint import main
 from tests.models.hf_twins import build, export, load, our_logits, save, tokens_for
 
@@ -26,19 +26,19 @@ LLAMA = Llama3Args(dim=24, n_layers=2, n_heads=4, n_kv_heads=2, ffn_hidden=40, v
 DENSE = Qwen3Args(
     dim=24, n_layers=2, n_heads=4, n_kv_heads=2, ffn_hidden=40, head_dim=10, vocab_size=64, rope_theta=1e4
 )
-MOE = replace(DENSE, ffn_hidden=0, experts=Experts(count=5, per_token=2, hidden=12))
+MOE = replace(DENSE, ffn_hidden=0, experts=ExpertsShape(count=5, per_token=2, hidden=12))
 CASES: dict[str, tuple[Any, Any, Adapter]] = {
-    "llama 3": (Llama3, LLAMA, LLAMA3),
-    "llama 3.1": (Llama3, replace(LLAMA, rope_scaling=RopeScaling(8.0, original_max_position=16)), LLAMA3),
+    "llama 3": (Decoder, LLAMA, LLAMA3),
+    "llama 3.1": (Decoder, replace(LLAMA, rope_scaling=Llama3Scaling(8.0, original_max_position=16)), LLAMA3),
     "llama 3.2": (
-        Llama3,
-        replace(LLAMA, tied_embeddings=True, rope_scaling=RopeScaling(32.0, original_max_position=16)),
+        Decoder,
+        replace(LLAMA, tied_embeddings=True, rope_scaling=Llama3Scaling(32.0, original_max_position=16)),
         LLAMA3,
     ),
-    "qwen3": (Qwen3, DENSE, QWEN3),
-    "qwen3 tied": (Qwen3, replace(DENSE, tied_embeddings=True), QWEN3),
-    "qwen3 moe": (Qwen3, MOE, QWEN3),
-    "qwen3 moe unnormalized": (Qwen3, replace(MOE, experts=Experts(5, 2, 12, normalize=False)), QWEN3),
+    "qwen3": (Decoder, DENSE, QWEN3),
+    "qwen3 tied": (Decoder, replace(DENSE, tied_embeddings=True), QWEN3),
+    "qwen3 moe": (Decoder, MOE, QWEN3),
+    "qwen3 moe unnormalized": (Decoder, replace(MOE, experts=ExpertsShape(5, 2, 12, normalize=False)), QWEN3),
 }
 
 
@@ -90,7 +90,7 @@ def test_the_tool_exports_weights_and_tokenizer(tmp_path: Path, capsys: pytest.C
     """`scripts/checkpoint.py export` of a checkpoint that says of which model it is."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    ours = build(Llama3, FLAVORS["debugmodel"])
+    ours = build(Decoder, FLAVORS["debugmodel"])
     job = JobIdentity({"model.name": "llama3", "model.flavor": "debugmodel"})
     store = Checkpointer(tmp_path / "checkpoint", keep_latest_k=0, group=None)
     store.save_model(7, model_tensors([ours]), job, torch.float32)

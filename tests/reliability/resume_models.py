@@ -13,5 +13,5 @@ VOCABULARY = FLAVORS["debugmodel"].vocab_size
 DENSE = {"dense": replace(tiny.UNTIED, vocab_size=VOCABULARY, n_layers=4)}
 EXPERTS = {"moe": replace(tiny.MOE, vocab_size=VOCABULARY)}
 
-register_train_spec("resume_llama", replace(load_llama(), model_cls=tiny.LoudLlama, model_args=DENSE))
-register_train_spec("resume_qwen", replace(load_qwen(), model_cls=tiny.LoudQwen, model_args=EXPERTS))
+register_train_spec("resume_llama", replace(load_llama(), model_cls=tiny.Loud, model_args=DENSE))
+register_train_spec("resume_qwen", replace(load_qwen(), model_cls=tiny.Loud, model_args=EXPERTS))

@@ -50,10 +50,11 @@ def test_a_family_of_one_s_own_is_told_as_it_is() -> None:
 
 
 def test_the_plan_for_every_layout_is_llama_3_s() -> None:
-    from models.llama3.args import FLAVORS, ORDER
-    from models.llama3.parallelize import llama3_plan
+    from models.decoder.args import ORDER
+    from models.decoder.plan import decoder_plan
+    from models.llama3.args import FLAVORS
 
     page: dict[str, object] = {}
     exec(blocks("python")[2], page)
-    assert page["PLAN"] == llama3_plan(FLAVORS["1B"])
+    assert page["PLAN"] == decoder_plan(FLAVORS["1B"])
     assert page["ORDER"] == ORDER

@@ -1,7 +1,6 @@
 """Rotary embedding, attention, feed-forward and head, each against a definition written out."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,14 +11,14 @@ from components.layers.attention import InnerAttention, document_mask
 from components.layers.feed_forward import FeedForward
 from components.layers.head import Head
 from components.layers.rotary import apply_rotary, inverse_frequencies, rotation
+from components.layers.shapes import FeedForwardShape, Llama3Scaling, Rope
 from components.mesh.batch import RowLoss
 
-LLAMA31 = SimpleNamespace(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=8192)
-LLAMA32 = SimpleNamespace(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=8192)
+LLAMA31, LLAMA32 = Llama3Scaling(factor=8.0), Llama3Scaling(factor=32.0)
 
 
 @pytest.mark.parametrize(("scaling", "head_dim"), [(LLAMA31, 128), (LLAMA32, 64), (None, 128)])
-def test_frequencies_are_transformers_bit_for_bit(scaling: SimpleNamespace | None, head_dim: int) -> None:
+def test_frequencies_are_transformers_bit_for_bit(scaling: Llama3Scaling | None, head_dim: int) -> None:
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -31,14 +30,13 @@ def test_frequencies_are_transformers_bit_for_bit(scaling: SimpleNamespace | Non
         hidden_size=head_dim, num_attention_heads=1, max_position_embeddings=131072, rope_parameters=rope
     )
     expected = LlamaRotaryEmbedding(config).inv_freq
-    assert torch.equal(inverse_frequencies(head_dim, 5e5, scaling), expected)
+    assert torch.equal(inverse_frequencies(head_dim, Rope(5e5, scaling)), expected)
 
 
 def test_rotation_turns_each_pair_by_its_angle() -> None:
     x = torch.randn(2, 5, 3, 8, generator=torch.Generator().manual_seed(0))
     positions = torch.tensor([[0, 1, 2, 3, 4], [0, 1, 0, 1, 100]])
-    frequencies = inverse_frequencies(8, 100.0)
-    turned, _ = apply_rotary(x, x, rotation(positions, frequencies))
+    turned, _ = apply_rotary(x, x, rotation(positions, 8, Rope(100.0)))
     for row in range(2):
         for at in range(5):
             for pair in range(4):
@@ -51,7 +49,7 @@ def test_rotation_turns_each_pair_by_its_angle() -> None:
 
 def test_rotation_computes_in_fp32_and_keeps_the_type() -> None:
     x = torch.randn(1, 4, 2, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
-    turn = rotation(torch.tensor([[5000, 5001, 5002, 5003]]), inverse_frequencies(8, 1e4))
+    turn = rotation(torch.tensor([[5000, 5001, 5002, 5003]]), 8, Rope(1e4))
     q, k = apply_rotary(x, x, turn)
     expected, _ = apply_rotary(x.float(), x.float(), turn)
     assert torch.equal(q, expected.bfloat16())
@@ -80,7 +78,7 @@ def test_attention_is_its_definition(kv_heads: int, masked: bool) -> None:
 
 
 def test_feed_forward_is_swiglu() -> None:
-    layer = FeedForward(8, 12)
+    layer = FeedForward(8, FeedForwardShape(12))
     x = torch.randn(2, 3, 8)
     gate, up = x @ layer.w1.weight.T, x @ layer.w3.weight.T
     torch.testing.assert_close(layer(x), (gate * gate.sigmoid() * up) @ layer.w2.weight.T)

@@ -1,6 +1,7 @@
 """The mixture-of-experts layer against a plain loop over tokens, the balance loss against its definition."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -9,14 +10,15 @@ from torch import Tensor, nn
 
 from components.layers import moe
 from components.layers.moe import Experts, MoE, SelectionBias, can_group
+from components.layers.shapes import ExpertsShape
 from components.mesh.experts import back, by_expert, combine, routed
 
 DIM, HIDDEN, EXPERTS, K = 8, 12, 5, 2
 ROWS, SEQ = 3, 7
 
 
-def make(dim: int = DIM, hidden: int = HIDDEN, **settings: float) -> MoE:
-    layer = MoE(dim, hidden, EXPERTS, K, **settings)  # pyrefly: ignore[bad-argument-type]
+def make(dim: int = DIM, hidden: int = HIDDEN, **settings: Any) -> MoE:
+    layer = MoE(dim, ExpertsShape(EXPERTS, K, hidden, **dict[str, Any](balance_coefficient=0.0) | settings))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -37,7 +39,7 @@ def by_hand(layer: MoE, x: Tensor) -> Tensor:
     for token in x.flatten(0, 1):
         probabilities = (layer.router.gate.weight @ token).softmax(0)
         weights, chosen = probabilities.topk(K)
-        weights = weights / weights.sum() if layer.normalize else weights
+        weights = weights / weights.sum() if layer.shape.normalize else weights
         outs = [experts.w2[e] @ (F.silu(experts.w1[e] @ token) * (experts.w3[e] @ token)) for e in chosen]
         tokens.append(sum((w * out for w, out in zip(weights, outs, strict=True)), torch.zeros(x.shape[-1])))
     return torch.stack(tokens).view(x.shape)
@@ -67,7 +69,7 @@ def test_values_and_gradients(dim: int, hidden: int, grouped: bool, normalize: b
 @pytest.mark.parametrize("dim", [8, 7])
 @pytest.mark.parametrize("counts", [(0, 3, 0, 1, 0), (0, 0, 0, 0, 0), (4, 0, 0, 0, 0)])
 def test_empty_experts_have_gradients_of_zero(dim: int, counts: tuple[int, ...]) -> None:
-    experts = Experts(dim, HIDDEN, EXPERTS)
+    experts = Experts(dim, ExpertsShape(EXPERTS, K, HIDDEN))
     with torch.no_grad():
         for parameter in experts.parameters():
             parameter.fill_(0.5)

@@ -24,9 +24,9 @@ from components.parallel.context import share_sequence, split_sequence
 from components.parallel.kernels import plain_backward, plain_forward, tile_backward, tile_forward
 from components.parallel.recompute import recompute
 from components.runtime.errors import MeshError
+from models.decoder.model import Decoder
+from models.decoder.plan import decoder_plan
 from models.llama3.args import FLAVORS, Llama3Args
-from models.llama3.model import Llama3
-from models.llama3.parallelize import llama3_plan
 from tests.ranks import run_ranks
 
 SEQ = 72  # chunks of 18 for 2 ranks, 12 for 3, 9 for 4
@@ -44,9 +44,9 @@ def args(kv_heads: int) -> Llama3Args:
     return replace(ARGS, n_kv_heads=kv_heads)
 
 
-def make(kv_heads: int, dtype: torch.dtype = torch.float32) -> Llama3:
+def make(kv_heads: int, dtype: torch.dtype = torch.float32) -> Decoder:
     torch.manual_seed(0)
-    model = Llama3(args(kv_heads))
+    model = Decoder(args(kv_heads))
     for parameter in model.parameters():  # norms too, so that their gradients are not all alike
         nn.init.normal_(parameter, std=0.3)
     return model.to(dtype)
@@ -87,7 +87,7 @@ def shared(
     for method, balancer, documents, kv_heads in cases:
         axis = Axis(group, dist.get_world_size(), dist.get_rank())
         config = Parallelism(context_parallel_rotate_method=method, context_parallel_load_balancer=balancer)
-        model, plan = make(kv_heads, dtype), llama3_plan(args(kv_heads))
+        model, plan = make(kv_heads, dtype), decoder_plan(args(kv_heads))
         share_sequence(model, plan, axis, config)
         recompute(model, plan, checkpointing)
         compile_blocks(model, plan, Compile(enable=compiled, backend="aot_eager"))
@@ -232,7 +232,7 @@ def test_plain_operations_are_differentiated_rightly() -> None:
 def test_heads_that_ranks_do_not_divide_are_refused() -> None:
     model = make(4)
     axis = Axis(None, 5, 0)  # pyrefly: ignore[bad-argument-type]  # it is refused before it communicates
-    share_sequence(model, llama3_plan(ARGS), axis, Parallelism(context_parallel_rotate_method="ulysses"))
+    share_sequence(model, decoder_plan(ARGS), axis, Parallelism(context_parallel_rotate_method="ulysses"))
     with pytest.raises(MeshError) as error:
         run(model, rows(documents=False), documents=False)
     assert str(error.value) == (
@@ -246,7 +246,7 @@ def test_a_plan_without_attention_is_refused() -> None:
     with pytest.raises(MeshError) as error:
         share_sequence(make(4), Plan(blocks=(), embedding="", head=""), axis, Parallelism())
     assert str(error.value) == (
-        "parallelism.context_parallel_degree = 2: Llama3 has no plan for context parallelism: set it to 1"
+        "parallelism.context_parallel_degree = 2: Decoder has no plan for context parallelism: set it to 1"
     )
 
 
@@ -271,8 +271,8 @@ def parts(rank: int, config: Parallelism) -> tuple[list[int], dict[str, int], di
     axis = ParallelDims.build(resolve_degrees(config, 3), "cpu").axis("cp")
     x = torch.arange(6)[None]
     tokens = split_sequence(Batch(x, x, x, x), axis, config).tokens
-    model = Llama3(replace(ARGS, n_layers=1))
-    share_sequence(model, llama3_plan(ARGS), axis, config)
+    model = Decoder(replace(ARGS, n_layers=1))
+    share_sequence(model, decoder_plan(ARGS), axis, config)
     with Counting() as forward:
         loss = model(tokens, tokens).sum()
     with Counting() as backward:
@@ -310,7 +310,7 @@ def in_one_process(config: Parallelism, documents: bool) -> tuple[Tensor, dict[s
     whole = (rows(True).labels != IGNORE).sum()
     with LocalTensorMode(3):
         axis = ParallelDims.build(resolve_degrees(config, 3), "cpu").axis("cp")
-        share_sequence(model, llama3_plan(ARGS), axis, config)
+        share_sequence(model, decoder_plan(ARGS), axis, config)
         batch = split_sequence(batch, axis, config)
         hidden = model(batch.tokens, batch.positions, batch.document_ids if documents else None)
         logits, labels = model.output(hidden).flatten(0, 1), batch.labels.flatten()

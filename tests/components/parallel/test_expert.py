@@ -14,18 +14,19 @@ from torch.distributed.tensor import DTensor
 from components.config.compute import ActivationCheckpoint, Compile
 from components.config.job_config import JobConfig
 from components.layers.moe import MoE
+from components.layers.shapes import ExpertsShape
 from components.mesh.batch import IGNORE, Batch
 from components.mesh.collectives import all_reduce
 from components.mesh.degrees import Degrees
 from components.mesh.parallel_dims import ParallelDims
 from components.parallel.context import split_sequence
 from components.parallel.data import set_gradient_sync
-from models.qwen3.args import Experts, Qwen3Args
+from models.qwen3.args import Qwen3Args
 from models.qwen3.spec import load
 from tests.ranks import RankError, run_ranks
 from trainer.build import build_stages
 
-EXPERTS = Experts(count=4, per_token=2, hidden=12, balance_coefficient=0.05, bias_rate=0.01)
+EXPERTS = ExpertsShape(count=4, per_token=2, hidden=12, balance_coefficient=0.05, bias_rate=0.01)
 ARGS = Qwen3Args(dim=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=6, vocab_size=37, experts=EXPERTS)
 ROWS, SEQ = 8, 12
 

@@ -13,10 +13,11 @@ from components.mesh.parallel_dims import ParallelDims
 from components.parallel.pipeline import split
 from components.parallel.pipeline_cut import Modules, cut_modules, cut_problems
 from components.runtime.errors import ConfigError
-from models.llama3.args import FLAVORS, ORDER
+from models.decoder.args import ORDER
+from models.decoder.model import Decoder
+from models.decoder.plan import decoder_plan
+from models.llama3.args import FLAVORS
 from models.qwen3.args import FLAVORS as QWEN3
-from models.qwen3.model import Qwen3
-from models.qwen3.parallelize import qwen3_plan
 
 PP = "parallelism.pipeline_parallel"
 
@@ -68,11 +69,11 @@ def test_layers_that_do_not_divide_go_where_there_is_least_to_compute() -> None:
 
 
 def test_of_experts_those_count_that_a_token_meets() -> None:
-    """With 8 of 128 experts a layer of Qwen3 30B-A3B costs 57 M multiplications, its head 311 M: 5 layers and more."""
+    """With 8 of 128 experts a layer of 30B-A3B costs 57 M multiplications, its head 311 M: 5 layers and more."""
     with torch.device("meta"):
-        model = Qwen3(QWEN3["30B-A3B"])
+        model = Decoder(QWEN3["30B-A3B"])
     job = JobConfig(parallelism=Parallelism(pipeline_parallel_degree=4))
-    stages = split(model, qwen3_plan(QWEN3["30B-A3B"]), ParallelDims(Degrees(), 0, {}), job)
+    stages = split(model, decoder_plan(QWEN3["30B-A3B"]), ParallelDims(Degrees(), 0, {}), job)
     assert [len(stage.module.get_submodule("layers")) for stage in stages] == [12, 13, 12, 11]  # type: ignore[arg-type]
 
 

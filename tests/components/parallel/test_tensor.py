@@ -20,9 +20,9 @@ from components.mesh.plan import Columns
 from components.optim.clip import gradient_norm
 from components.parallel.tensor import tensor
 from components.runtime.errors import MeshError
+from models.decoder.model import Decoder
+from models.decoder.plan import decoder_plan
 from models.llama3.args import Llama3Args
-from models.llama3.model import Llama3
-from models.llama3.parallelize import llama3_plan
 from models.llama3.spec import load
 from models.train_spec import build_default_loss
 from tests.ranks import run_ranks
@@ -59,9 +59,9 @@ def rows(vocab_size: int) -> Batch:
     return Batch(tokens[:, :-1], labels, at - documents * cuts, documents)
 
 
-def plain_model(args: Llama3Args) -> Llama3:
+def plain_model(args: Llama3Args) -> Decoder:
     """The model as it is, with the values that every layout starts from."""
-    model = Llama3(args)
+    model = Decoder(args)
     initialize(model, model.inits(), seed=3)
     return model
 
@@ -178,17 +178,17 @@ def test_equal_blocks_share_one_artifact_and_the_loss_is_another() -> None:
 def refusals() -> list[str]:
     """What a plan or sizes that do not fit are told."""
     dims, texts = ParallelDims.build(Degrees(tp=2), "cpu"), []
-    plan = llama3_plan(ARGS)
+    plan = decoder_plan(ARGS)
     without = {name: style for name, style in plan.tensor.items() if not name.endswith("norm")}
     for args, broken in (
-        (THREE, llama3_plan(THREE)),
-        (SIX, llama3_plan(SIX)),
+        (THREE, decoder_plan(THREE)),
+        (SIX, decoder_plan(SIX)),
         (replace(ARGS, n_layers=1), replace(plan, tensor=without)),
         (ARGS, replace(plan, tensor={**plan.tensor, "layers.*.attention_norm": Columns()})),
         (ARGS, replace(plan, embedding="norm")),
     ):
         with torch.device("meta"), pytest.raises(MeshError) as error:
-            tensor(Llama3(args), broken, dims, JobConfig())
+            tensor(Decoder(args), broken, dims, JobConfig())
         texts.append(str(error.value))
     return texts
 

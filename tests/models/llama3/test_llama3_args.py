@@ -10,8 +10,8 @@ import torch
 from components.config.job_config import JobConfig
 from components.config.parallelism import Parallelism
 from components.config.training import Training, Validation
+from models.decoder.model import Decoder
 from models.llama3.args import FLAVORS, Llama3Args
-from models.llama3.model import Llama3
 
 PUBLISHED = {
     "1B": 1_235_814_400,
@@ -30,7 +30,7 @@ def test_parameter_counts_are_the_published_ones(flavor: str, count: int) -> Non
 @pytest.mark.parametrize("flavor", FLAVORS)
 def test_parameter_count_is_that_of_the_model(flavor: str) -> None:
     with torch.device("meta"):
-        model = Llama3(FLAVORS[flavor])
+        model = Decoder(FLAVORS[flavor])
     assert sum(p.numel() for p in model.parameters()) == FLAVORS[flavor].parameter_count()
     assert [name for name, _ in model.named_buffers()] == []
 
@@ -52,7 +52,7 @@ def test_flops_match_those_of_the_kernels() -> None:
 
     args = replace(FLAVORS["debugmodel"], n_kv_heads=4)
     with torch.device("meta"):
-        model = Llama3(args)
+        model = Decoder(args)
         tokens = torch.zeros(2, 64, dtype=torch.int64)
         with FlopCounterMode(display=False) as counter:
             model.output(model(tokens, tokens)).sum().backward()
@@ -77,8 +77,8 @@ def test_problems_name_key_and_number() -> None:
         "parallelism.expert_tensor_parallel_degree = 2: this model has no experts; set it to 1",
         "parallelism.tensor_parallel_degree = 64: each rank computes whole heads, but 64 does not divide the 32 heads;"
         " take 1, 2, 4, 8, 16 or 32",
-        "training.seq_len = 131073: longer than the 131072 tokens this llama3 flavor was made for; shorten it",
-        "validation.seq_len = 200000: longer than the 131072 tokens this llama3 flavor was made for; shorten it",
+        "training.seq_len = 131073: longer than the 131072 tokens this flavor was made for; shorten it",
+        "validation.seq_len = 200000: longer than the 131072 tokens this flavor was made for; shorten it",
     ]
     assert FLAVORS["8B"].problems(JobConfig()) == []
 

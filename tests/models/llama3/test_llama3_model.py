@@ -9,13 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from components.layers.initialize import Normal, initialize
-from models.llama3.args import Llama3Args, RopeScaling
-from models.llama3.model import Llama3
+from components.layers.shapes import Llama3Scaling
+from models.decoder.args import DecoderArgs
+from models.decoder.hf import rope_config
+from models.decoder.model import Decoder
+from models.llama3.args import Llama3Args
 
 PLAIN = Llama3Args(
     dim=32, n_layers=2, n_heads=4, n_kv_heads=4, ffn_hidden=48, vocab_size=64, rope_theta=1e4, max_seq_len=256
 )
-SCALED = RopeScaling(factor=8.0, original_max_position=32)
+SCALED = Llama3Scaling(factor=8.0, original_max_position=32)
 CASES = {
     "plain": PLAIN,
     "grouped": replace(PLAIN, n_kv_heads=2),
@@ -37,13 +40,13 @@ NAMES = {
 }
 
 
-def build(args: Llama3Args, seed: int = 0) -> Llama3:
-    model = Llama3(args)
+def build(args: Llama3Args, seed: int = 0) -> Decoder:
+    model = Decoder(args)
     initialize(model, model.inits(), seed)
     return model
 
 
-def random_batch(args: Llama3Args, rows: int = 2, seq: int = 48) -> tuple[Tensor, Tensor, Tensor]:
+def random_batch(args: DecoderArgs, rows: int = 2, seq: int = 48) -> tuple[Tensor, Tensor, Tensor]:
     data = torch.randint(0, args.vocab_size, (rows, seq + 1), generator=torch.Generator().manual_seed(1))
     return data[:, :-1], data[:, 1:], torch.arange(seq).expand(rows, seq)
 
@@ -57,20 +60,12 @@ def their_name(name: str) -> str:
     return f"model.layers.{number}.{NAMES[inner]}.weight"
 
 
-def transformers_twin(model: Llama3) -> torch.nn.Module:
+def transformers_twin(model: Decoder) -> torch.nn.Module:
     """transformers' model with the same weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     args = model.args
-    rope: dict[str, object] = {"rope_type": "default", "rope_theta": args.rope_theta}
-    if args.rope_scaling is not None:
-        rope |= {
-            "rope_type": "llama3",
-            "factor": args.rope_scaling.factor,
-            "low_freq_factor": args.rope_scaling.low_freq_factor,
-            "high_freq_factor": args.rope_scaling.high_freq_factor,
-            "original_max_position_embeddings": args.rope_scaling.original_max_position,
-        }
+    rope = {"rope_type": "default", **(rope_config(args.rope_scaling) or {}), "rope_theta": args.rope_theta}
     config = LlamaConfig(
         vocab_size=args.vocab_size,
         hidden_size=args.dim,
@@ -133,7 +128,7 @@ def test_documents_in_a_row_are_as_alone(case: str) -> None:
         torch.testing.assert_close(parameter.grad, expected, rtol=1e-4, atol=1e-5)
 
 
-def _loss(model: Llama3, hidden: Tensor, labels: Tensor) -> Tensor:
+def _loss(model: Decoder, hidden: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(model.output(hidden).flatten(0, 1), labels.flatten(), reduction="sum")
 
 
@@ -151,27 +146,27 @@ def test_first_loss_is_near_that_of_even_odds() -> None:
 
 
 def test_a_tied_matrix_starts_as_the_head() -> None:
-    table = Llama3(CASES["tied"]).inits()
+    table = Decoder(CASES["tied"]).inits()
     assert table["tok_embeddings.weight"] == table["output.weight"] == Normal(32**-0.5, cutoff=3.0)
 
 
 def test_every_parameter_has_an_init() -> None:
-    model = Llama3(PLAIN)
+    model = Decoder(PLAIN)
     assert set(model.inits()) == {name for name, _ in model.named_parameters()}
 
 
 def test_residual_matrices_start_smaller_the_deeper() -> None:
     args = replace(PLAIN, n_layers=3)
-    table = Llama3(args).inits()
+    table = Decoder(args).inits()
     for i in range(3):
         assert table[f"layers.{i}.attention.wo.weight"] == Normal(0.02 / (2 * (i + 1)) ** 0.5)
-    flat = Llama3(replace(args, depth_init=False)).inits()
+    flat = Decoder(replace(args, depth_init=False)).inits()
     assert {flat[f"layers.{i}.feed_forward.w2.weight"] for i in range(3)} == {Normal(0.02 / 6**0.5)}
 
 
 def test_names_are_canonical() -> None:
     block = {f"layers.0.{name}.weight" for name in NAMES}
-    names = {name for name, _ in Llama3(replace(PLAIN, n_layers=1)).named_parameters()}
+    names = {name for name, _ in Decoder(replace(PLAIN, n_layers=1)).named_parameters()}
     assert names == block | {"tok_embeddings.weight", "norm.weight", "output.weight"}
 
 

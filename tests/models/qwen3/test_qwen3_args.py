@@ -12,8 +12,8 @@ from components.config.job_config import JobConfig
 from components.config.moe import MoE
 from components.config.parallelism import Parallelism
 from components.config.training import Training
+from models.decoder.model import Decoder
 from models.qwen3.args import FLAVORS
-from models.qwen3.model import Qwen3
 
 PUBLISHED = {
     "0.6B": 596_049_920,
@@ -35,7 +35,7 @@ def test_parameter_counts_are_the_published_ones(flavor: str, count: int) -> Non
 @pytest.mark.parametrize("flavor", FLAVORS)
 def test_parameter_count_is_that_of_the_model(flavor: str) -> None:
     with torch.device("meta"):
-        model = Qwen3(FLAVORS[flavor])
+        model = Decoder(FLAVORS[flavor])
     assert sum(p.numel() for p in model.parameters()) == FLAVORS[flavor].parameter_count()
     assert [*model.named_buffers()] == []
 
@@ -59,7 +59,7 @@ def test_problems_name_key_and_number() -> None:
         "parallelism.tensor_parallel_degree = 3: each rank computes whole heads, but 3 does not divide the 32 heads;"
         " take 1, 2, 4, 8, 16 or 32"
     )
-    length = "training.seq_len = 40961: longer than the 40960 tokens this qwen3 flavor was made for; shorten it"
+    length = "training.seq_len = 40961: longer than the 40960 tokens this flavor was made for; shorten it"
     assert FLAVORS["30B-A3B"].problems(job) == [
         "parallelism.expert_parallel_degree = 5: 128 experts cannot be dealt evenly to 5 ranks; take a divisor of 128",
         "parallelism.expert_tensor_parallel_degree = 9: 768 columns of each expert cannot be dealt evenly to 9 ranks;"

@@ -1,4 +1,4 @@
-"""Qwen3 computes what transformers' Qwen3 and Qwen3Moe compute."""
+"""Our decoder computes what transformers' Qwen3 and Qwen3Moe compute."""
 
 from dataclasses import replace
 from typing import Any
@@ -9,17 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from components.layers.initialize import initialize
-from models.qwen3.args import Experts, Qwen3Args
-from models.qwen3.model import Qwen3
+from components.layers.shapes import ExpertsShape
+from models.decoder.args import DecoderArgs
+from models.decoder.model import Decoder
+from models.qwen3.args import Qwen3Args
 
 DENSE = Qwen3Args(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_hidden=48, head_dim=12, vocab_size=64)
-EXPERTS = Experts(count=6, per_token=2, hidden=20)
+EXPERTS = ExpertsShape(count=6, per_token=2, hidden=20)
 MOE = replace(DENSE, ffn_hidden=0, experts=EXPERTS)
 CASES = {
     "dense": DENSE,
     "tied": replace(DENSE, tied_embeddings=True),
     "experts": MOE,
-    "experts, weights as they are": replace(MOE, experts=Experts(count=6, per_token=3, hidden=20, normalize=False)),
+    "experts, weights as they are": replace(MOE, experts=ExpertsShape(6, 3, 20, normalize=False)),
 }
 # ours → transformers', inside a block
 NAMES = {
@@ -38,8 +40,8 @@ NAMES = {
 }
 
 
-def build(args: Qwen3Args, seed: int = 0) -> Qwen3:
-    model = Qwen3(args)
+def build(args: Qwen3Args, seed: int = 0) -> Decoder:
+    model = Decoder(args)
     initialize(model, model.inits(), seed)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -49,7 +51,7 @@ def build(args: Qwen3Args, seed: int = 0) -> Qwen3:
     return model
 
 
-def random_batch(args: Qwen3Args, rows: int = 2, seq: int = 24) -> tuple[Tensor, Tensor, Tensor]:
+def random_batch(args: DecoderArgs, rows: int = 2, seq: int = 24) -> tuple[Tensor, Tensor, Tensor]:
     data = torch.randint(0, args.vocab_size, (rows, seq + 1), generator=torch.Generator().manual_seed(1))
     return data[:, :-1], data[:, 1:], torch.arange(seq).expand(rows, seq)
 
@@ -75,7 +77,7 @@ def theirs(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def transformers_twin(model: Qwen3) -> torch.nn.Module:
+def transformers_twin(model: Decoder) -> torch.nn.Module:
     """transformers' model with the same weights."""
     from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -142,7 +144,7 @@ def test_documents_in_a_row_are_as_alone() -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_parameter_has_an_init(case: str) -> None:
-    model = Qwen3(replace(CASES[case], tied_embeddings=False))
+    model = Decoder(replace(CASES[case], tied_embeddings=False))
     assert set(model.inits()) == {name for name, _ in model.named_parameters()}
 
 

@@ -6,13 +6,14 @@ hides a wrong cut; routers whose scores lie far apart (see `test_qwen3_model`).
 
 from dataclasses import replace
 
-from models.qwen3.args import Experts, Qwen3Args
+from components.layers.shapes import ExpertsShape
+from models.qwen3.args import Qwen3Args
 from models.qwen3.spec import load
 from models.train_spec import TrainSpec, families, register_train_spec
 
 DENSE = Qwen3Args(dim=24, n_layers=2, n_heads=4, n_kv_heads=2, ffn_hidden=36, head_dim=10, vocab_size=2048)
 MOE = replace(
-    DENSE, ffn_hidden=0, experts=Experts(count=6, per_token=3, hidden=14, balance_coefficient=0.05, bias_rate=0.01)
+    DENSE, ffn_hidden=0, experts=ExpertsShape(count=6, per_token=3, hidden=14, balance_coefficient=0.05, bias_rate=0.01)
 )
 SPEC: TrainSpec = replace(load(), model_args={"dense": DENSE, "moe": MOE})
 

@@ -108,8 +108,7 @@ FILES: dict[str, tuple[str, ...]] = {
     ),
     "too long a row": (
         "[training]\nseq_len = 131073\n",
-        "a.toml:2: training.seq_len = 131073: longer than the 131072 tokens this llama3 flavor was made for; shorten"
-        " it",
+        "a.toml:2: training.seq_len = 131073: longer than the 131072 tokens this flavor was made for; shorten it",
     ),
     "zero where -1 means all": (
         "[parallelism]\ndata_parallel_shard_degree = 0\n",

@@ -1,0 +1,129 @@
+"""The decoder itself. What it is made of stands in `components.layers`, how it is cut in `plan.py`."""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from components.layers.attention import Attention, AttentionMask
+from components.layers.feed_forward import FeedForward
+from components.layers.head import Head
+from components.layers.initialize import Init, Normal
+from components.layers.moe import MoE
+from components.layers.norm import norm, norm_inits
+from components.layers.rotary import Rotation, rotation
+from components.layers.shapes import ExpertsShape, Reach
+from models.decoder.args import BlockShape, DecoderArgs
+
+
+class Block(nn.Module):
+    """One block: attention, then feed-forward or experts, each normed and added to the residual stream."""
+
+    def __init__(self, args: DecoderArgs, shape: BlockShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.attention = Attention(args.dim, shape.attention, args.norms)
+        self.attention_norm = norm(args.dim, args.norms)
+        self.ffn_norm = norm(args.dim, args.norms)
+        self.attention_post_norm, self.ffn_post_norm = (
+            norm(args.dim, args.norms) if shape.sandwich else None for _ in range(2)
+        )
+        self.moe: MoE | None = None
+        self.feed_forward: FeedForward | None = None
+        if isinstance(shape.feed_forward, ExpertsShape):
+            self.moe = MoE(args.dim, shape.feed_forward)
+        else:
+            self.feed_forward = FeedForward(args.dim, shape.feed_forward)
+
+    def forward(
+        self, x: Tensor, turn: Rotation | None, mask: Tensor | None, positions: Tensor, shares: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """# (rows, seq, dim) → (rows, seq, dim), and what `MoE` returns besides"""
+        out, counts = self.attention(self.attention_norm(x), turn, mask, positions), None
+        x = x + (out if self.attention_post_norm is None else self.attention_post_norm(out))
+        if self.moe is not None:
+            out, counts = self.moe(self.ffn_norm(x), positions, shares)
+        else:
+            out = cast(FeedForward, self.feed_forward)(self.ffn_norm(x))
+        return x + (out if self.ffn_post_norm is None else self.ffn_post_norm(out)), counts
+
+
+class Decoder(nn.Module):
+    """The model. It holds no buffers but the experts' selection biases, so that it can be built on the meta device."""
+
+    def __init__(self, args: DecoderArgs) -> None:
+        super().__init__()
+        self.args = args
+        blocks = args.blocks
+        self.reaches = list(dict.fromkeys(block.attention.reach for block in blocks))
+        self.masks = nn.ModuleList(AttentionMask(reach) for reach in self.reaches)
+        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        self.layers = nn.ModuleDict({str(i): Block(args, shape) for i, shape in enumerate(blocks)})
+        self.norm = norm(args.dim, args.norms)
+        self.output = Head(args.dim, args.vocab_size)
+        if args.tied_embeddings:
+            self.output.weight = self.tok_embeddings.weight
+
+    def forward(
+        self, x: Tensor, positions: Tensor, document_ids: Tensor | None = None, shares: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states after the final norm; `output` makes logits of them.
+
+        A pipeline stage has `nn.Identity` where another stage has a module, and fewer blocks.
+
+        Args:
+            x: Token ids, int64 # (rows, seq), or in a later stage hidden states. # (rows, seq, dim)
+            positions: Position of each token, int64. # (rows, seq)
+            document_ids: Number of each token's document: attention stays within it. None: plain causal. # (rows, seq)
+            shares: Each token's share of the step's loss (`TrainSpec.inputs`), for what balances experts; None: not
+                training. # (rows, seq)
+
+        Returns:
+            # (rows, seq, dim)
+        """
+        blocks = [cast(Block, block) for block in self.layers.values()]
+        masks = self._masks({block.shape.attention.reach for block in blocks}, positions, document_ids)
+        kinds = dict.fromkeys((b.shape.attention.rope, b.shape.attention.rotary_width) for b in blocks)
+        turns = {(rope, width): rotation(positions, width, rope) if rope else None for rope, width in kinds}
+        x = self.embed(x)
+        for block in blocks:
+            attention = block.shape.attention
+            turn = turns[attention.rope, attention.rotary_width]
+            x, counts = block(x, turn, masks[attention.reach], positions, shares)
+            if counts is not None:
+                cast(MoE, block.moe).observe(counts)  # out here, since a block may be recomputed
+        return self.norm(x)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Embedded tokens in the first stage; in others hidden states as they are."""
+        embedded = self.tok_embeddings(x)
+        scale = self.args.embedding_scale
+        if scale == 1.0 or isinstance(self.tok_embeddings, nn.Identity):
+            return embedded
+        return embedded * torch.tensor(scale, dtype=embedded.dtype)  # rounded to the type of compute, as published
+
+    def _masks(self, needed: set[Reach], positions: Tensor, document_ids: Tensor | None) -> dict[Reach, Tensor | None]:
+        kinds = zip(self.reaches, self.masks, strict=True)
+        return {reach: mask(positions, document_ids) for reach, mask in kinds if reach in needed}
+
+    def inits(self) -> dict[str, Init]:
+        """How each parameter is initialized, by name.
+
+        Embedding N(0, 1), matrices N(0, 0.02), norms as if they had no weight; the matrices that write to the residual
+        stream are smaller the deeper they stand (`depth_init`), so that its variance grows slowly; the head, truncated
+        at three deviations, has the deviation that makes logits of about variance 1. A tied matrix starts as the head:
+        as the embedding it would give logits of deviation √dim, while the norms make a small embedding as good as a
+        large one. Experts start like the feed-forward matrices that they stand for, routers like any other matrix.
+        """
+        args = self.args
+        head = Normal(args.dim**-0.5, cutoff=3.0)
+        table: dict[str, Init] = {"tok_embeddings.weight": head if args.tied_embeddings else Normal(1.0)}
+        for name, module in self.layers.items():
+            block, depth = cast(Block, module), int(name) + 1 if args.depth_init else args.n_layers
+            into_stream, matrix = Normal(0.02 / (2 * depth) ** 0.5), Normal(0.02)
+            parts = {"attention": block.attention, "feed_forward": block.feed_forward, "moe": block.moe}
+            for part, layer in parts.items():
+                if layer is not None:
+                    inits = layer.inits(matrix, into_stream)
+                    table |= {f"layers.{name}.{part}.{leaf}": init for leaf, init in inits.items()}
+        return table | norm_inits(self) | {"output.weight": head}
