@@ -31,6 +31,8 @@ class Adapter:
     """Arguments → the fields that are compared, each with what transformers takes where a file does not say it."""
     extras: Callable[[Any], tuple[TheirsAlone, ...]] = lambda args: ()
     """Arguments → what published files may hold besides."""
+    normal: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda config: config
+    """config.json of theirs → the same in the form that `to_config` writes, where published files have several."""
 
     def table(self, args: Any, shapes: Shapes) -> Table:
         """The table of a model of these arguments, whose tensors have these names and shapes. Raises
@@ -44,7 +46,7 @@ class Adapter:
     def config_problems(self, config: Mapping[str, Any], args: Any) -> list[str]:
         """Each field in which a config.json is not that of these arguments; a line each, empty if it is."""
         defaults = self.defaults(args)
-        ours, theirs = _compared(self.to_config(args), defaults), _compared(config, defaults)
+        ours, theirs = _compared(self.to_config(args), defaults), _compared(self.normal(config), defaults)
         problems = [
             f"{key} = {_show(theirs[key])}, this model has {_show(ours[key])}"
             for key in sorted(ours)
