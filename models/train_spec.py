@@ -205,10 +205,14 @@ def register_family(name: str, flavors: Mapping[str, ModelArgs], spec: str) -> N
 
 
 def _register_built_in() -> None:
+    from models.gemma3.args import FLAVORS as GEMMA3
     from models.llama3.args import FLAVORS as LLAMA3
+    from models.mistral.args import FLAVORS as MISTRAL
     from models.qwen3.args import FLAVORS as QWEN3
 
+    register_family("gemma3", GEMMA3, "models.gemma3.spec:load")
     register_family("llama3", LLAMA3, "models.llama3.spec:load")
+    register_family("mistral", MISTRAL, "models.mistral.spec:load")
     register_family("qwen3", QWEN3, "models.qwen3.spec:load")
 
 

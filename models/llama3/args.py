@@ -2,7 +2,8 @@
 
 Every number is written out. Meta's own files give the feed-forward width through `multiple_of` and
 `ffn_dim_multiplier`; that spares one number per flavor and costs the reader a calculation with three roundings, so it
-was rejected. 3.3 is 3.1's 70B with other weights.
+was rejected. A size alone names the release that brought it, 8B and 70B that of 3.1; what came before or after has its
+release in its name. 3.3 is 3.1's 70B with other weights.
 """
 
 from collections.abc import Mapping
@@ -28,6 +29,8 @@ _70B = Llama3Args(dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, ffn_hidden=28
 _OF_3_1 = {"rope_scaling": Llama3Scaling(factor=8.0), "max_seq_len": 131072}
 _OF_3_2 = {"rope_scaling": Llama3Scaling(factor=32.0), "tied_embeddings": True}
 
+_70B_OF_3_1 = replace(_70B, **_OF_3_1)
+
 FLAVORS: Mapping[str, Llama3Args] = MappingProxyType(
     {
         "debugmodel": Llama3Args(dim=256, n_layers=6, n_heads=16, n_kv_heads=16, ffn_hidden=768, vocab_size=2048),
@@ -36,7 +39,8 @@ FLAVORS: Mapping[str, Llama3Args] = MappingProxyType(
         "1B": Llama3Args(dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, ffn_hidden=8192, **_OF_3_2),
         "3B": Llama3Args(dim=3072, n_layers=28, n_heads=24, n_kv_heads=8, ffn_hidden=8192, **_OF_3_2),
         "8B": replace(_8B, **_OF_3_1),
-        "70B": replace(_70B, **_OF_3_1),
+        "70B": _70B_OF_3_1,
+        "3.3-70B": _70B_OF_3_1,
         "405B": Llama3Args(dim=16384, n_layers=126, n_heads=128, n_kv_heads=8, ffn_hidden=53248, **_OF_3_1),
     }
 )

@@ -1,0 +1,11 @@
+"""Mistral's TrainSpec; imported by the registry once the model is needed."""
+
+from models.decoder.spec import decoder_spec
+from models.mistral.args import FLAVORS
+from models.mistral.hf import ADAPTER
+from models.train_spec import TrainSpec
+
+
+def load() -> TrainSpec:
+    """The family's TrainSpec."""
+    return decoder_spec(FLAVORS, ADAPTER)
