@@ -1,9 +1,10 @@
 """Grouped-query attention, causal, through PyTorch's fused kernels.
 
-Without a document mask the kernel's own causal path is used, and no mask exists. With one, a boolean mask is built
-once per forward and shared by all blocks: seq² bytes a row. Cutting rows at their documents would save both and was
-rejected: shapes would depend on the data, which compilation, pipeline stages and equal work per rank all need them
-not to.
+Where attention is causal and no more, the kernel's own causal path is used, and no mask exists. Documents, windows and
+chunks are said by a boolean mask, built once per forward and shared by all blocks of the same reach: seq² bytes, with
+documents for each row. Cutting rows at their documents would save both and was rejected: shapes would depend on the
+data, which compilation, pipeline stages and equal work per rank all need them not to. What a mask empties is computed
+all the same; flex attention, which would skip it, is fast only when compiled.
 """
 
 import torch
@@ -14,21 +15,7 @@ from components.layers.initialize import Init
 from components.layers.norm import norm, norm_inits
 from components.layers.rotary import Rotation, apply_rotary
 from components.layers.shapes import AttentionShape, NormShape, Reach
-
-
-def document_mask(document_ids: Tensor) -> Tensor:
-    """Which key each query may see: not a later one, and none of another document.
-
-    Args:
-        document_ids: Number of each token's document. # (rows, seq)
-
-    Returns:
-        Bool mask, True where attention is allowed. # (rows, 1, seq, seq)
-    """
-    seq = document_ids.shape[1]
-    causal = torch.ones(seq, seq, dtype=torch.bool, device=document_ids.device).tril()
-    same = document_ids[:, :, None] == document_ids[:, None, :]
-    return (same & causal)[:, None]
+from components.mesh.batch import Part
 
 
 class AttentionMask(nn.Module):
@@ -39,9 +26,50 @@ class AttentionMask(nn.Module):
         super().__init__()
         self.reach = reach
 
-    def forward(self, positions: Tensor, document_ids: Tensor | None) -> Tensor | None:
-        """`document_mask`, or None without documents: causal attention over the whole row. # both (rows, seq)"""
-        return None if document_ids is None else document_mask(document_ids)
+    def forward(self, positions: Tensor, document_ids: Tensor | None, part: Part | None = None) -> Tensor | None:
+        """Which keys each query may see: not later ones, of its own document, within the reach.
+
+        Args:
+            positions: Of the queries' tokens, in their documents; without documents only its shape matters, and
+                positions are places in the row. # (rows, queries)
+            document_ids: Number of each query's document; None: each row is one. # (rows, queries)
+            part: Where in longer rows the queries stand; None: they are the whole rows.
+
+        Returns:
+            Bool mask, True where attention is allowed # (rows or 1, 1, queries, seq), or None: causal attention over
+            whole rows.
+        """
+        length = positions.shape[1]
+        part = part or Part(torch.arange(length, device=positions.device), length, _as_it_is)
+        window, chunk = (_less(limit, part.length) for limit in (self.reach.window, self.reach.chunk))
+        if document_ids is None and window is None and chunk is None:
+            return None
+        allowed = part.not_later()[None]
+        if document_ids is not None:
+            allowed = allowed & (document_ids[:, :, None] == part.whole(document_ids)[:, None, :])
+        if window is not None or chunk is not None:
+            query, key = _places(positions, document_ids is not None, part)
+            if window is not None:
+                allowed = allowed & (query - key < window)
+            if chunk is not None:
+                allowed = allowed & (query // chunk == key // chunk)
+        return allowed[:, None]
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+def _less(limit: int | None, length: int) -> int | None:
+    """The limit, where rows are long enough to meet it."""
+    return limit if limit is not None and limit < length else None
+
+
+def _places(positions: Tensor, documents: bool, part: Part) -> tuple[Tensor, Tensor]:
+    """Positions of queries # (rows or 1, queries, 1) and of keys. # (rows or 1, 1, seq)"""
+    if documents:
+        return positions[:, :, None], part.whole(positions)[:, None, :]
+    return part.index[None, :, None], torch.arange(part.length, device=part.index.device)[None, None, :]
 
 
 class InnerAttention(nn.Module):

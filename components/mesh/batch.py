@@ -1,4 +1,5 @@
-"""Batch: what flows from a row source through a model into a loss, and RowLoss, the loss's answer.
+"""Batch: what flows from a row source through a model into a loss; Part, a rank's share of its rows; and RowLoss, the
+loss's answer.
 
 They stand here since both ends must agree on them, and no room owns both ends.
 """
@@ -47,6 +48,22 @@ class Batch:
     def map(self, fn: Callable[[Tensor], Tensor]) -> "Batch":
         """The batch of what `fn` makes of each tensor."""
         return Batch(fn(self.tokens), fn(self.labels), fn(self.positions), fn(self.document_ids))
+
+
+@dataclass(frozen=True)
+class Part:
+    """The part of each row that a rank has, for what goes by places in the row: attention's masks."""
+
+    index: Tensor
+    """Where in the row each of its tokens stands. # (tokens,)"""
+    length: int
+    """Tokens of a row."""
+    whole: Callable[[Tensor], Tensor]
+    """Makes whole rows, in order, of numbers of its tokens. # (rows, tokens) → (rows, length)"""
+
+    def not_later(self) -> Tensor:
+        """Which tokens of the row do not come after each of its own. # bool (tokens, length)"""
+        return self.index[:, None] >= torch.arange(self.length, device=self.index.device)
 
 
 class RowLoss(NamedTuple):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from components.config.parallelism import Parallelism
-from components.mesh.batch import Batch
+from components.mesh.batch import Batch, Part
 from components.mesh.collectives import Axis, all_to_all, gather
 from components.mesh.plan import Plan
 from components.parallel.chunks import Deal
@@ -30,7 +30,7 @@ from components.runtime.errors import MeshError
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """`InnerAttention.forward`."""
 
-MakeMask = Callable[[Tensor | None], Tensor | None]
+MakeMask = Callable[..., Tensor | None]
 """`AttentionMask.forward`."""
 
 
@@ -63,7 +63,7 @@ def share_sequence(model: nn.Module, plan: Plan, axis: Axis | None, config: Para
         )
     deal, method = _deal(axis, config), config.context_parallel_rotate_method
     for module in find(model, (plan.mask,)).values():
-        module.forward = _ulysses_mask(module.forward, deal) if method == "ulysses" else _local_mask(deal)
+        module.forward = (_ulysses_mask if method == "ulysses" else _local_mask)(module.forward, deal)
     for module in find(model, plan.attention).values():
         module.forward = _ATTENTION[method](module.forward, deal)
 
@@ -72,29 +72,32 @@ def _deal(axis: Axis, config: Parallelism) -> Deal:
     return Deal(axis, headtail=config.context_parallel_load_balancer == "headtail")
 
 
-def _local_mask(deal: Deal) -> MakeMask:
-    """The mask of this rank's queries against whole rows. # (rows, seq / n) → (rows, 1, seq / n, seq)"""
+def _part(deal: Deal, length: int, device: torch.device) -> Part:
+    """Which part of each row this rank's `length` tokens are."""
+    return Part(
+        deal.indices(length, device),
+        length * deal.axis.size,
+        lambda x: deal.to_row_order(gather(x, 1, deal.axis), 1),
+    )
 
-    def forward(document_ids: Tensor | None) -> Tensor | None:
-        if document_ids is None:
-            return None
-        whole = deal.to_row_order(gather(document_ids, 1, deal.axis), 1)
-        same = document_ids[:, :, None] == whole[:, None, :]
-        return (same & _causal(deal, document_ids.shape[1], document_ids.device))[:, None]
+
+def _local_mask(make: MakeMask, deal: Deal) -> MakeMask:
+    """The mask of this rank's queries against whole rows. # (rows, seq / n) → (rows or 1, 1, seq / n, seq)"""
+
+    def forward(positions: Tensor, document_ids: Tensor | None) -> Tensor | None:
+        return make(positions, document_ids, _part(deal, positions.shape[1], positions.device))
 
     return forward
 
 
-def _causal(deal: Deal, length: int, device: torch.device) -> Tensor:
-    """Which keys of the row are not later than each of this rank's queries. # (length, length · n)"""
-    return deal.indices(length, device)[:, None] >= torch.arange(length * deal.axis.size, device=device)
-
-
-def _ulysses_mask(whole: MakeMask, deal: Deal) -> MakeMask:
+def _ulysses_mask(make: MakeMask, deal: Deal) -> MakeMask:
     """The mask of whole rows, as without context parallelism."""
 
-    def forward(document_ids: Tensor | None) -> Tensor | None:
-        return whole(None if document_ids is None else deal.to_row_order(gather(document_ids, 1, deal.axis), 1))
+    def forward(positions: Tensor, document_ids: Tensor | None) -> Tensor | None:
+        if document_ids is None:  # then only their shape matters
+            return make(positions.repeat(1, deal.axis.size), None)
+        whole = _part(deal, positions.shape[1], positions.device).whole
+        return make(whole(positions), whole(document_ids))
 
     return forward
 
@@ -103,7 +106,7 @@ def _gathered(attend: Attend, deal: Deal) -> Attend:
     def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         k, v = (deal.to_row_order(gather(x, 2, deal.axis), 2) for x in (k, v))
         if mask is None and _symbolic(deal.axis):
-            mask = _causal(deal, q.shape[2], q.device)[None, None]
+            mask = _part(deal, q.shape[2], q.device).not_later()[None, None]
         if mask is None:
             return tiled_attention(q, k, v, None, (deal.whole(q.shape[2]),), deal.axis)
         return attend(q, k, v, mask)

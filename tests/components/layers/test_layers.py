@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from components.layers.attention import InnerAttention, document_mask
+from components.layers.attention import AttentionMask, InnerAttention
 from components.layers.feed_forward import FeedForward
 from components.layers.head import Head
 from components.layers.rotary import apply_rotary, inverse_frequencies, rotation
-from components.layers.shapes import FeedForwardShape, Llama3Scaling, Rope
+from components.layers.shapes import FeedForwardShape, Llama3Scaling, Reach, Rope
 from components.mesh.batch import RowLoss
 
 LLAMA31, LLAMA32 = Llama3Scaling(factor=8.0), Llama3Scaling(factor=32.0)
@@ -56,11 +56,40 @@ def test_rotation_computes_in_fp32_and_keeps_the_type() -> None:
     assert torch.equal(k, q)
 
 
-def test_document_mask_written_out() -> None:
-    mask = document_mask(torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0]]))
-    assert mask.shape == (2, 1, 4, 4)
-    assert mask[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
-    assert torch.equal(mask[1, 0], torch.ones(4, 4, dtype=torch.bool).tril())
+def causal_mask(ids: Tensor) -> Tensor:
+    """Which key each query may see: not a later one, and none of another document. # (rows, 1, seq, seq)"""
+    causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+    return ((ids[:, :, None] == ids[:, None, :]) & causal)[:, None]
+
+
+DOCUMENTS = torch.tensor([[0, 0, 0, 0, 0, 1, 1, 1], [0, 1, 1, 2, 2, 2, 2, 2]])
+POSITIONS = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2], [0, 0, 1, 0, 1, 2, 3, 4]])
+
+
+def sees(reach: Reach, ids: list[int], query: int, key: int) -> bool:
+    """The definition: by positions within the document."""
+    first = ids.index(ids[query])
+    window, chunk = reach.window or len(ids), reach.chunk or len(ids)
+    near = query - key < window and (query - first) // chunk == (key - first) // chunk
+    return ids[query] == ids[key] and key <= query and near
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize(
+    "reach", [Reach(), Reach(window=1), Reach(window=3), Reach(window=8), Reach(chunk=3), Reach(3, 2), Reach(99, 99)]
+)
+def test_masks_are_their_definition(reach: Reach, packed: bool) -> None:
+    mask = AttentionMask(reach)(POSITIONS, DOCUMENTS if packed else None)
+    if mask is None:  # plain causal attention
+        mask = torch.ones(1, 1, 8, 8, dtype=torch.bool).tril()
+    documents = DOCUMENTS.tolist() if packed else [[0] * 8]
+    want = [[[sees(reach, ids, query, key) for key in range(8)] for query in range(8)] for ids in documents]
+    assert torch.equal(mask, torch.tensor(want)[:, None])
+
+
+def test_a_mask_is_made_only_where_causal_attention_does_not_suffice() -> None:
+    made = {reach: AttentionMask(reach)(POSITIONS, None) is not None for reach in (Reach(), Reach(8, 8), Reach(7))}
+    assert made == {Reach(): False, Reach(8, 8): False, Reach(7): True}
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -70,7 +99,7 @@ def test_attention_is_its_definition(kv_heads: int, masked: bool) -> None:
     q = torch.randn(2, 4, 6, 8, generator=generator)
     k, v = (torch.randn(2, kv_heads, 6, 8, generator=generator) for _ in range(2))
     ids = torch.tensor([[0, 0, 0, 1, 1, 2], [0, 1, 1, 1, 1, 1]])
-    mask = document_mask(ids if masked else torch.zeros_like(ids))
+    mask = causal_mask(ids if masked else torch.zeros_like(ids))
     wide_k, wide_v = (x.repeat_interleave(4 // kv_heads, dim=1) for x in (k, v))
     scores = (q @ wide_k.transpose(2, 3) / math.sqrt(8)).masked_fill(~mask, -math.inf)
     actual = InnerAttention()(q, k, v, mask if masked else None)
