@@ -206,12 +206,16 @@ def register_family(name: str, flavors: Mapping[str, ModelArgs], spec: str) -> N
 
 def _register_built_in() -> None:
     from models.gemma3.args import FLAVORS as GEMMA3
+    from models.gpt_oss.args import FLAVORS as GPT_OSS
     from models.llama3.args import FLAVORS as LLAMA3
+    from models.llama4.args import FLAVORS as LLAMA4
     from models.mistral.args import FLAVORS as MISTRAL
     from models.qwen3.args import FLAVORS as QWEN3
 
     register_family("gemma3", GEMMA3, "models.gemma3.spec:load")
+    register_family("gpt_oss", GPT_OSS, "models.gpt_oss.spec:load")
     register_family("llama3", LLAMA3, "models.llama3.spec:load")
+    register_family("llama4", LLAMA4, "models.llama4.spec:load")
     register_family("mistral", MISTRAL, "models.mistral.spec:load")
     register_family("qwen3", QWEN3, "models.qwen3.spec:load")
 

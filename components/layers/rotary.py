@@ -45,7 +45,8 @@ def inverse_frequencies(width: int, rope: Rope, device: torch.device | None = No
         return frequencies
     if isinstance(scaling, Llama3Scaling):
         turns = scaling.original_max_position / (2 * math.pi / frequencies)
-        kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        between = scaling.high_freq_factor - scaling.low_freq_factor or 1e-9  # Llama 4 leaves nothing between the two
+        kept = (turns - scaling.low_freq_factor) / between
         kept = kept.clamp(0.0, 1.0)
     elif isinstance(scaling, YarnScaling):
         kept = _kept_by_yarn(width, rope.theta, scaling, device)

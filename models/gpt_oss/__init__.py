@@ -1,0 +1,1 @@
+"""The GPT-OSS family: shapes, names of tensors and training configs."""

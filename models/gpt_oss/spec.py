@@ -1,0 +1,11 @@
+"""GPT-OSS's TrainSpec; imported by the registry once the model is needed."""
+
+from models.decoder.spec import decoder_spec
+from models.gpt_oss.args import FLAVORS
+from models.gpt_oss.hf import ADAPTER
+from models.train_spec import TrainSpec
+
+
+def load() -> TrainSpec:
+    """The family's TrainSpec."""
+    return decoder_spec(FLAVORS, ADAPTER)
