@@ -174,6 +174,75 @@ class AttentionShape:
         return {"": Gathered(), "wq": heads, "wk": heads, "wv": heads, **norms, "wo": Rows(unit=self.head_dim)}
 
 
+@dataclass(frozen=True)
+class LatentShape:
+    """Multi-head latent attention (DeepSeek-V2, 2024): keys and values of all heads come from one narrow vector."""
+
+    n_heads: int
+    """Heads."""
+    q_rank: int
+    """Width of the vector that queries come from; 0: they come from the input itself, by one matrix."""
+    kv_rank: int
+    """Width of the vector that keys and values come from."""
+    nope_dim: int
+    """Width of a head's queries and keys that has no positions."""
+    rope_dim: int
+    """Width of what is turned; of keys, all heads share it."""
+    v_dim: int
+    """Width of a head's values."""
+    rope: Rope
+    """Rotary positions."""
+    reach: Reach = Reach()
+    """Which tokens a query sees."""
+
+    def matrices(self, dim: int) -> int:
+        """Elements of the matrices that a token is multiplied with."""
+        queries = self.n_heads * self.head_dim
+        of_queries = self.q_rank * (dim + queries) if self.q_rank else dim * queries
+        of_keys = dim * (self.kv_rank + self.rope_dim) + self.kv_rank * self.n_heads * (self.nope_dim + self.v_dim)
+        return of_queries + of_keys + self.n_heads * self.v_dim * dim
+
+    def parameters(self, dim: int) -> int:
+        """Exact number of parameters."""
+        return self.matrices(dim) + self.q_rank + self.kv_rank
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head's queries and keys."""
+        return self.nope_dim + self.rope_dim
+
+    @property
+    def n_kv_heads(self) -> int:
+        """Key and value heads, once they are made: as many as heads."""
+        return self.n_heads
+
+    @property
+    def scale(self) -> float:
+        """What scores are multiplied with: 1 / √head_dim, and with YaRN DeepSeek's m(mscale_all_dim)²."""
+        scaling = self.rope.scaling
+        weight = scaling.mscale_all_dim if isinstance(scaling, YarnScaling) else None
+        sharper = yarn_mscale(scaling.factor, weight) if isinstance(scaling, YarnScaling) and weight else 1.0
+        return self.head_dim**-0.5 * sharper**2
+
+    @property
+    def score_width(self) -> int:
+        """As in AttentionShape."""
+        return self.n_heads * (self.head_dim + self.v_dim)
+
+    @property
+    def rotary_width(self) -> int:
+        """Width of what is turned in each head."""
+        return self.rope_dim
+
+    def styles(self) -> Mapping[str, Style]:
+        """See AttentionShape. The narrow vectors are made on every rank from whole sequences: they are 8 % of what the
+        layer computes in DeepSeek-V3, and what they spare is communication between them and the heads."""
+        queries = Columns(unit=self.head_dim)
+        narrow = {"wq_a": Replicated(), "q_norm": Replicated(), "wq_b": queries} if self.q_rank else {"wq": queries}
+        keys = {"wkv_a": Replicated(), "kv_norm": Replicated(), "wkv_b": Columns(unit=self.nope_dim + self.v_dim)}
+        return {"": Gathered(), **narrow, **keys, "wo": Rows(unit=self.v_dim)}
+
+
 Activation = Literal["silu", "gelu_tanh", "clamped_swiglu"]
 """What a gate is passed through: x·σ(x), GELU's tanh form, or GPT-OSS's clamped form (see `layers.feed_forward`)."""
 

@@ -14,6 +14,7 @@ from components.layers.shapes import (
     AttentionShape,
     ExpertsShape,
     FeedForwardShape,
+    LatentShape,
     NormShape,
     Rope,
     Scaling,
@@ -36,7 +37,7 @@ ORDER = ("tok_embeddings", "layers.*", "norm", "output")
 class BlockShape:
     """One block: attention, then feed-forward or experts, each with a norm before it."""
 
-    attention: AttentionShape
+    attention: AttentionShape | LatentShape
     """Its attention."""
     feed_forward: FeedForwardShape | ExpertsShape
     """What follows it."""

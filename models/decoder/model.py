@@ -9,10 +9,11 @@ from components.layers.attention import Attention, AttentionMask
 from components.layers.feed_forward import FeedForward
 from components.layers.head import Head
 from components.layers.initialize import Init, Normal
+from components.layers.latent import LatentAttention
 from components.layers.moe import MoE
 from components.layers.norm import norm, norm_inits
 from components.layers.rotary import Rotation, rotation
-from components.layers.shapes import ExpertsShape, Reach
+from components.layers.shapes import AttentionShape, ExpertsShape, Reach
 from models.decoder.args import BlockShape, DecoderArgs
 
 
@@ -22,7 +23,11 @@ class Block(nn.Module):
     def __init__(self, args: DecoderArgs, shape: BlockShape) -> None:
         super().__init__()
         self.shape = shape
-        self.attention = Attention(args.dim, shape.attention, args.norms)
+        self.attention = (
+            Attention(args.dim, shape.attention, args.norms)
+            if isinstance(shape.attention, AttentionShape)
+            else LatentAttention(args.dim, shape.attention)
+        )
         self.attention_norm = norm(args.dim, args.norms)
         self.ffn_norm = norm(args.dim, args.norms)
         self.attention_post_norm, self.ffn_post_norm = (
