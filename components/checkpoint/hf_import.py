@@ -6,28 +6,27 @@ whole tensors and cutting them was rejected: with many ranks a host, each would 
 """
 
 import itertools
-import math
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, BinaryIO
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from components.checkpoint.boxes import Box, boxes_of
 from components.checkpoint.hf_config import CONFIG, Adapter, parse_config
+from components.checkpoint.hf_read import OpenFiles, portions, read_part
 from components.checkpoint.hf_weights import PART
-from components.checkpoint.links import Link, Shape, Span
+from components.checkpoint.links import Link, Shape
 from components.checkpoint.manifest import MANIFEST, read_manifest
 from components.checkpoint.names import Table
 from components.checkpoint.ranks import Ranks
-from components.checkpoint.safetensors import FLOATS, Place, Places, item_bytes, read_into, read_places, some
+from components.checkpoint.safetensors import FLOATS, Places, read_places, some
 from components.checkpoint.storage import Folder, open_folder, open_storage
 from components.checkpoint.verifying import Verifier, Verify
 from components.runtime.errors import CheckpointError
 from components.runtime.logging import logger
 
 _MAX_CONFIG = 1 << 20
-_MIN_RUN = 4096  # shorter runs of bytes are read with what lies between them: a page of the disk's cache
 
 
 def load_hf(
@@ -134,72 +133,33 @@ def _check_copies(folder: Folder, table: Table, places: Places, mine: list[Link]
         if (copy := copies.get(link.theirs)) is None:
             continue
         first, second = places[link.theirs], places[copy]
-        if (first.shape, first.dtype) != (second.shape, second.dtype) or not torch.equal(
-            _read_alone(folder, first, link.their_part), _read_alone(folder, second, link.their_part)
-        ):
+        with OpenFiles(folder) as files:
+            same = (first.shape, first.dtype) == (second.shape, second.dtype) and all(
+                torch.equal(*(read_part(files.file(place.file), place, part.their_part) for place in (first, second)))
+                for part in portions(link)
+            )
+        if not same:
             raise CheckpointError(f"{copy} is not the same as {link.theirs}, to which {CONFIG} ties it")
-
-
-def _read_alone(folder: Folder, place: Place, part: tuple[Span, ...]) -> Tensor:
-    with folder.open(place.file) as file:
-        return read_part(file, place, part)
 
 
 def _load(folder: Folder, places: Places, mine: list[Link], boxes: Mapping[str, Box], table: Table) -> None:
     counts = {name: 0 for name in boxes if name.removeprefix(PART) in table.ours}
-    for link, found in _read_in_order(folder, places, mine):
-        box = boxes[PART + link.ours]
-        target = box.data[tuple(span.slice for span in link.our_part)]
-        target.copy_(found.reshape(target.shape))
-        counts[PART + link.ours] += link.count
+    with OpenFiles(folder) as files:
+        for link in _in_order(places, mine):
+            place = places[link.theirs]
+            found = read_part(files.file(place.file), place, link.their_part)
+            target = boxes[PART + link.ours].data[tuple(span.slice for span in link.our_part)]
+            target.copy_((found.transpose(-1, -2) if link.transposed else found).reshape(target.shape))
+            counts[PART + link.ours] += link.count
     if left := [name for name, count in counts.items() if count != boxes[name].data.numel()]:
         raise CheckpointError(f"not all elements were loaded of {some(left)}")
 
 
-def _read_in_order(folder: Folder, places: Places, links: Iterable[Link]) -> Iterator[tuple[Link, Tensor]]:
-    """Each link with its elements, file by file from the front."""
+def _in_order(places: Places, links: Iterable[Link]) -> list[Link]:
+    """Portions of the links, in the order in which they lie in the files."""
 
-    def place(link: Link) -> tuple[str, int]:
-        return places[link.theirs].file, places[link.theirs].start
+    def place(link: Link) -> tuple[str, int, list[int]]:
+        found = places[link.theirs]
+        return found.file, found.start, [span.start for span in link.their_part]
 
-    for name, group in itertools.groupby(sorted(links, key=place), key=lambda link: places[link.theirs].file):
-        with folder.open(name) as file:
-            for link in group:
-                yield link, read_part(file, places[link.theirs], link.their_part)
-
-
-def read_part(file: BinaryIO, place: Place, part: tuple[Span, ...]) -> Tensor:
-    """Elements of a tensor in a file: of dimension d the indices `part[d]`. Raises CheckpointError if the file ends."""
-    starts = [span.start for span in part]
-    counts = [span.step * (span.count - 1) + 1 for span in part]
-    box = _read_box(file, place, starts, counts)
-    return box[tuple(slice(None, None, span.step) for span in part)]
-
-
-def _read_box(file: BinaryIO, place: Place, starts: list[int], counts: list[int]) -> Tensor:
-    outer, read_starts, read_counts = _runs(place, starts, counts)
-    box = torch.empty(read_counts, dtype=getattr(torch, FLOATS[place.dtype]))
-    raw = box.view(-1).view(torch.uint8).numpy().data
-    strides = [math.prod(place.shape[dim + 1 :]) for dim in range(len(place.shape))]
-    run = len(raw) // math.prod(read_counts[:outer])
-    for number, at in enumerate(itertools.product(*(range(count) for count in read_counts[:outer]))):
-        first = sum((start + i) * stride for start, i, stride in zip(read_starts, at, strides, strict=False))
-        first += sum(start * stride for start, stride in zip(read_starts[outer:], strides[outer:], strict=True))
-        file.seek(place.start + first * item_bytes(place.dtype))
-        if read_into(file, raw[number * run : (number + 1) * run]) < run:
-            raise CheckpointError(f"{place.file} ended before its last tensor")
-    inner = (slice(a - b, a - b + count) for a, b, count in zip(starts, read_starts, counts, strict=True))
-    return box[tuple(inner)]
-
-
-def _runs(place: Place, starts: list[int], counts: list[int]) -> tuple[int, list[int], list[int]]:
-    """What to read for a box: how many dimensions to go through index by index, and the box, with its inner dimensions
-    widened as long as runs of bytes would be short."""
-    starts, counts = [*starts], [*counts]
-    for dim in reversed(range(len(counts))):
-        if counts[dim] == place.shape[dim]:
-            continue
-        if dim == 0 or math.prod(counts[dim:]) * item_bytes(place.dtype) >= _MIN_RUN:
-            return dim, starts, counts
-        starts[dim], counts[dim] = 0, place.shape[dim]
-    return 0, starts, counts
+    return sorted(itertools.chain.from_iterable(map(portions, links)), key=place)

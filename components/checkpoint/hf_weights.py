@@ -45,6 +45,7 @@ class TheirWeights:
     def _fill(self, whole: Tensor, cut: Link, number: int) -> None:
         values = self._piece(cut.ours, number)[tuple(span.slice for span in cut.our_part)]
         target = whole[tuple(span.slice for span in cut.their_part)]
+        target = target.transpose(-1, -2) if cut.transposed else target
         target.copy_(values.reshape(target.shape))
         require_held(cut.theirs, values, target)
 

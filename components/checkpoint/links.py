@@ -1,13 +1,16 @@
 """Links: which elements of our tensors are which elements of theirs; what the rules of `names` become.
 
-A link joins two boxes of as many elements, in the same order, rows of which may lie some steps apart. Cutting a link by
-any box gives a link, which is all that import and export need to know of a table, whatever the layout. Torch-free.
+A link joins two boxes of as many elements, in the same order but for a transposition of the last two dimensions, rows
+of which may lie some steps apart. Cutting a link by any box gives a link, which is all that import and export need to
+know of a table, whatever the layout. Torch-free.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
+T = TypeVar("T")
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 
@@ -25,10 +28,17 @@ class Span:
         """The same as a slice."""
         return slice(self.start, self.start + self.step * (self.count - 1) + 1, self.step)
 
+    def range(self, first: int, count: int) -> "Span":
+        """`count` of its indices, from the `first` one on."""
+        return Span(self.start + self.step * first, count, self.step)
+
+
+Spans = tuple[Span, ...]
+
 
 @dataclass(frozen=True)
 class Link:
-    """The elements of a box of ours are those of a box of theirs, in the same order."""
+    """The elements of a box of ours are those of a box of theirs, in the same order unless `transposed`."""
 
     ours: str
     """Our tensor."""
@@ -39,25 +49,40 @@ class Link:
     their_part: tuple[Span, ...]
     """One for each dimension of theirs. Ours may have more in front, with a count of 1: which expert it is."""
 
+    transposed: bool = False
+    """Their last two dimensions are ours the other way round."""
+
     @property
     def count(self) -> int:
         """Number of elements."""
         return math.prod(span.count for span in self.our_part)
 
+    def across(self, dim: int) -> int:
+        """Which dimension of theirs goes along with that one of ours; negative for those that only ours have."""
+        last = len(self.our_part) - 1
+        if self.transposed and dim >= last - 1:
+            dim = 2 * last - 1 - dim
+        return dim - (len(self.our_part) - len(self.their_part))
+
+    def cut(self, dim: int, first: int, count: int) -> "Link":
+        """Of our dimension `dim` only `count` of its indices, from the `first` one on."""
+        ours, theirs = [*self.our_part], [*self.their_part]
+        ours[dim] = ours[dim].range(first, count)
+        if (across := self.across(dim)) >= 0:
+            theirs[across] = theirs[across].range(first, count)
+        return replace(self, our_part=tuple(ours), their_part=tuple(theirs))
+
     def within(self, offsets: Shape, sizes: Shape) -> "Link | None":
         """What of it lies in a box of our tensor; our part then counts from the box. None for nothing."""
-        ours, theirs = list[Span](), list(self.their_part)
-        extra = len(self.our_part) - len(theirs)
+        link = self
         for dim, (span, offset, size) in enumerate(zip(self.our_part, offsets, sizes, strict=True)):
             first = max(0, -((span.start - offset) // span.step))  # rounded up
             last = min(span.count, -((span.start - offset - size) // span.step))
             if last <= first:
                 return None
-            ours.append(Span(span.start + span.step * first - offset, last - first, span.step))
-            if dim >= extra:
-                their = theirs[dim - extra]
-                theirs[dim - extra] = Span(their.start + their.step * first, last - first, their.step)
-        return Link(self.ours, self.theirs, tuple(ours), tuple(theirs))
+            link = link.cut(dim, first, last - first)
+        moved = (replace(span, start=span.start - at) for span, at in zip(link.our_part, offsets, strict=True))
+        return replace(link, our_part=tuple(moved))
 
 
 def whole(shape: Shape) -> tuple[Span, ...]:
@@ -68,6 +93,11 @@ def whole(shape: Shape) -> tuple[Span, ...]:
 def part(shape: Shape, dim: int, start: int, count: int) -> tuple[Span, ...]:
     """A range of one dimension, all of the others."""
     return tuple(Span(start, count) if at == dim else Span(0, size) for at, size in enumerate(shape))
+
+
+def swapped(parts: tuple[T, ...]) -> tuple[T, ...]:
+    """Something for each dimension, with the last two the other way round."""
+    return (*parts[:-2], parts[-1], parts[-2])
 
 
 def resized(shape: Shape, dim: int, size: int) -> Shape:
@@ -83,6 +113,12 @@ class Links:
     """In the order of our tensors."""
     shapes: dict[str, Shape] = field(default_factory=dict)
     """Their tensors."""
+
+    def join(self, ours: str, theirs: str, mine: Spans, their: Spans, shape: Shape, transposed: bool = False) -> None:
+        """Note a link; `their` and `shape`, of all of their tensor, are in our orientation where `transposed`."""
+        if transposed:
+            their, shape = swapped(their), swapped(shape)
+        self.add(Link(ours, theirs, mine, their, transposed), shape)
 
     def add(self, link: Link, shape: Shape) -> None:
         """Note a link to their tensor of that shape."""

@@ -3,8 +3,8 @@
 A rule is declarative and says nothing about a direction: it becomes links, each of which says that these elements of
 one of our tensors are those elements of one of theirs. Import and export, whole or cut into any boxes, follow the same
 links, so that one cannot forget what the other does. Pairs of functions (to and from) were rejected: they have to be
-kept inverse by hand, and need whole tensors. Elements are never transposed, so a link is a box on either side, rows of
-which may lie some steps apart. Torch-free.
+kept inverse by hand, and need whole tensors. A link is a box on either side, rows of which may lie some steps apart;
+of the orders that elements can have, only the last two dimensions can be the other way round. Torch-free.
 """
 
 import itertools
@@ -48,11 +48,14 @@ class Rename(_OfOne):
     """The same tensor under another name."""
 
     theirs: str
+    transposed: bool = False
+    """Theirs has the last two dimensions the other way round."""
 
     def link(self, ours: list[tuple[str, Shape]], layer: str, into: Links) -> None:
         """See Rule."""
         ((name, shape),) = ours
-        into.add(Link(name, _named(self.theirs, layer), whole(shape), whole(shape)), shape)
+        _require_matrix(name, shape, self.transposed)
+        into.join(name, _named(self.theirs, layer), whole(shape), whole(shape), shape, self.transposed)
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,11 @@ class Merge:
     ours: tuple[str, ...]
     theirs: str
     dim: int = 0
+    """Of ours, where it is not that of theirs."""
+    interleaved: bool = False
+    """They take turns along `dim`, instead of one after the other: index i of the j-th of n is i·n + j in theirs."""
+    transposed: bool = False
+    """Theirs has the last two dimensions the other way round."""
 
     @property
     def our_names(self) -> tuple[str, ...]:
@@ -93,13 +101,22 @@ class Merge:
         return self.ours
 
     def link(self, ours: list[tuple[str, Shape]], layer: str, into: Links) -> None:
-        """See Rule."""
-        merged = resized(ours[0][1], self.dim, sum(shape[self.dim] for _, shape in ours))
-        start = 0
-        for name, shape in ours:
-            their = part(shape, self.dim, start, shape[self.dim])
-            into.add(Link(name, _named(self.theirs, layer), whole(shape), their), merged)
-            start += shape[self.dim]
+        """See Rule. Raises CheckpointError for lengths that cannot take turns."""
+        lengths = [shape[self.dim] for _, shape in ours]
+        merged = resized(ours[0][1], self.dim, sum(lengths))
+        if self.interleaved and len({*lengths}) > 1:
+            raise CheckpointError(f"{ours[0][0]}: {lengths} along dimension {self.dim} cannot take turns")
+        for number, (name, shape) in enumerate(ours):
+            _require_matrix(name, shape, self.transposed)
+            start = number if self.interleaved else sum(lengths[:number])
+            span = Span(start, shape[self.dim], len(ours) if self.interleaved else 1)
+            their = (*whole(shape[: self.dim]), span, *whole(shape[self.dim + 1 :]))
+            into.join(name, _named(self.theirs, layer), whole(shape), their, merged, self.transposed)
+
+
+def _require_matrix(name: str, shape: Shape, transposed: bool) -> None:
+    if transposed and len(shape) < 2:
+        raise CheckpointError(f"{name}: shape {[*shape]} has no two dimensions to transpose")
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from torch import Tensor
 from components.checkpoint import hf_export, hf_weights
 from components.checkpoint.checkpointer import Checkpointer
 from components.checkpoint.hf_export import Shard, export_hf, plan_shards
-from components.checkpoint.hf_import import load_hf, read_part
-from components.checkpoint.links import Span
+from components.checkpoint.hf_import import load_hf
+from components.checkpoint.hf_read import portions, read_part
+from components.checkpoint.links import Link, Span
 from components.checkpoint.local import LocalFolder
 from components.checkpoint.names import OursAlone, TheirsAlone
 from components.checkpoint.ranks import Ranks
@@ -296,7 +297,9 @@ class Counting:
         ((Span(1, 3), Span(1, 2), Span(0, 4096)), 3 * 2 * 16384),
         ((Span(1, 3), Span(1, 2), Span(1000, 2000)), 3 * 2 * 8000),
         ((Span(1, 3), Span(4, 1), Span(4000, 96)), 3 * 16384),  # short runs: with what lies beside them
-        ((Span(1, 2, 3), Span(0, 3, 2), Span(5, 2, 4000)), 4 * 5 * 16004),
+        ((Span(1, 2, 3), Span(0, 3, 2), Span(5, 2, 2000)), 4 * 5 * 8004),
+        ((Span(1, 2, 3), Span(0, 3, 2), Span(5, 2, 4000)), 4 * 5 * 16384),  # short gaps: with what they are
+        ((Span(1, 3), Span(0, 5), Span(1, 2048, 2)), 3 * 5 * 16384),
         ((Span(3, 2), Span(0, 5), Span(1024, 1024)), 2 * 5 * 4096),
     ],
 )
@@ -310,6 +313,29 @@ def test_only_what_is_needed_is_read(part: tuple[Span, ...], read: int, tmp_path
         assert file.read_bytes == read
     with (tmp_path / "file").open("rb") as opened, pytest.raises(CheckpointError, match="file ended before its last"):
         read_part(opened, Place("file", "F32", (7, 5, 4096), 24), (Span(6, 1), Span(0, 5), Span(0, 4096)))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_large_links_are_read_in_portions(transposed: bool) -> None:
+    """Along the outermost dimension of theirs, of which each element is in one of them."""
+    whole = (Span(3, 1), Span(0, 5000), Span(7, 3000))
+    theirs = (Span(1, 1), Span(0, 3000, 2), Span(4, 5000)) if transposed else (Span(0, 5000), Span(4, 3000, 2))
+    parts = [*portions(Link("a", "b", whole, theirs, transposed))]
+    assert sum(part.count for part in parts) == 5000 * 3000
+    size = 5000 * 5999 if not transposed else 5999 * 5000
+    rows = 3000 if transposed else 5000
+    step = 2 if transposed else 1
+    each = rows * (4 << 20) // size
+    dim, their_dim, start = (2, 1, 7) if transposed else (1, 0, 0)
+    assert len(parts) == -(-rows // each)
+    for number, part in enumerate(parts):
+        count = min(each, rows - number * each)
+        assert part.our_part[dim] == Span(start + number * each, count)
+        assert part.their_part[their_dim] == Span(number * each * step, count, step)
+        for at in {0, 1, 2} - {dim}:
+            assert part.our_part[at] == whole[at]
+    scalar = Link("a", "b", (), ())
+    assert [*portions(scalar)] == [scalar]
 
 
 LAYERS, WIDTH = 30, 768  # 68 MiB of weights

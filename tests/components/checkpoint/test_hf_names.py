@@ -36,8 +36,10 @@ def numbered(**sizes: tuple[int, ...]) -> dict[str, Tensor]:
     }
 
 
-def their_slice(link: Link) -> tuple[slice, ...]:
-    return tuple(span.slice for span in link.their_part)
+def their_side(link: Link, theirs: Mapping[str, Tensor]) -> Tensor:
+    """The link's elements of theirs, in our orientation."""
+    part = theirs[link.theirs][tuple(span.slice for span in link.their_part)]
+    return part.transpose(-1, -2) if link.transposed else part
 
 
 def our_slice(link: Link) -> tuple[slice, ...]:
@@ -47,7 +49,7 @@ def our_slice(link: Link) -> tuple[slice, ...]:
 def to_theirs(table: Table, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
     theirs = {name: torch.full(shape, torch.nan) for name, shape in table.theirs.items()}
     for link in table.links:
-        part = theirs[link.theirs][their_slice(link)]
+        part = their_side(link, theirs)
         part.copy_(ours[link.ours][our_slice(link)].reshape(part.shape))
     return theirs
 
@@ -56,7 +58,7 @@ def to_ours(table: Table, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     ours = {name: torch.full(shape, torch.nan) for name, shape in table.ours.items()}
     for link in table.links:
         part = ours[link.ours][our_slice(link)]
-        part.copy_(theirs[link.theirs][their_slice(link)].reshape(part.shape))
+        part.copy_(their_side(link, theirs).reshape(part.shape))
     return ours
 
 
@@ -69,6 +71,22 @@ RULES: dict[str, tuple[Rule, dict[str, Tensor]]] = {
     "permute norm": (Permute("w", "meta", (4, 2), (1, 0)), numbered(w=(8,))),
     "merge": (Merge(("{layer}.q", "{layer}.k"), "{layer}.qk"), numbered(**{"0__q": (4, 3), "0__k": (2, 3)})),
     "merge inner": (Merge(("w1", "w3"), "gate_up", dim=1), numbered(w1=(2, 3, 4), w3=(2, 3, 4))),
+    "transposed": (Rename("{layer}.w2", "{layer}.down", transposed=True), numbered(**{"0__w2": (2, 3, 4)})),
+    "transposed matrix": (Rename("w", "x", transposed=True), numbered(w=(5, 4))),
+    "merge transposed": (
+        Merge(("w1", "w3"), "gate_up", dim=1, transposed=True),
+        numbered(w1=(2, 3, 4), w3=(2, 3, 4)),
+    ),
+    "merge inner transposed": (Merge(("a", "b"), "ab", dim=1, transposed=True), numbered(a=(2, 3), b=(2, 4))),
+    "take turns": (
+        Merge(("w1", "w3"), "gate_up", dim=1, interleaved=True, transposed=True),
+        numbered(w1=(2, 3, 4), w3=(2, 3, 4)),
+    ),
+    "biases take turns": (
+        Merge(("{layer}.b1", "{layer}.b3"), "{layer}.bias", dim=1, interleaved=True),
+        numbered(**{"2__b1": (3, 4), "2__b3": (3, 4)}),
+    ),
+    "three take turns": (Merge(("a", "b", "c"), "abc", interleaved=True), numbered(a=(2, 3), b=(2, 3), c=(2, 3))),
     "split": (Split("qkv", ("q", "k", "v"), (4, 1, 1)), numbered(qkv=(6, 3))),
     "split inner": (Split("{layer}.w", ("{layer}.a", "{layer}.b"), (1, 3), dim=1), numbered(**{"7__w": (2, 4)})),
     "experts": (StackExperts("{layer}.w1", "{layer}.e.{expert}.gate"), numbered(**{"3__w1": (3, 2, 5)})),
@@ -99,6 +117,18 @@ def test_what_each_rule_makes() -> None:
     assert torch.equal(theirs("permute")["meta"], ours.view(3, 2, 4, 5).transpose(1, 2).reshape(24, 5))
     assert torch.equal(theirs("merge")["0.qk"], torch.arange(18.0).view(6, 3))
     assert theirs("merge inner")["gate_up"][:, :, 0].tolist() == [[0, 4, 8, 24, 28, 32], [12, 16, 20, 36, 40, 44]]
+    assert torch.equal(theirs("transposed")["0.down"], RULES["transposed"][1]["0.w2"].transpose(1, 2))
+    w1, w3 = (RULES["take turns"][1][name].transpose(1, 2) for name in ("w1", "w3"))
+    assert torch.equal(theirs("merge transposed")["gate_up"], torch.cat((w1, w3), dim=2))
+    assert torch.equal(theirs("take turns")["gate_up"], torch.stack((w1, w3), dim=3).flatten(2))
+    a, b = RULES["merge inner transposed"][1].values()
+    assert torch.equal(theirs("merge inner transposed")["ab"], torch.cat((a, b), dim=1).T)
+    assert theirs("biases take turns")["2.bias"].tolist() == [
+        [0, 12, 1, 13, 2, 14, 3, 15],
+        [4, 16, 5, 17, 6, 18, 7, 19],
+        [8, 20, 9, 21, 10, 22, 11, 23],
+    ]
+    assert theirs("three take turns")["abc"][:, 0].tolist() == [0, 6, 12, 3, 9, 15]
     assert shapes(theirs("split")) == {"q": (4, 3), "k": (1, 3), "v": (1, 3)}
     assert theirs("split inner")["7.b"].tolist() == [[1, 2, 3], [5, 6, 7]]
     assert theirs("experts")["3.e.2.gate"].tolist() == [[20, 21, 22, 23, 24], [25, 26, 27, 28, 29]]
@@ -119,7 +149,7 @@ def test_boxes_of_ours_cut_links(name: str) -> None:
                 offsets = tuple(a for a, _ in box)
                 if link.ours == key and (cut := link.within(offsets, tuple(b - a for a, b in box))):
                     part = found[our_slice(cut)]
-                    part.copy_(theirs[cut.theirs][their_slice(cut)].reshape(part.shape))
+                    part.copy_(their_side(cut, theirs).reshape(part.shape))
                     assert cut.count == part.numel()
             assert torch.equal(found, whole[slices])
 
@@ -142,6 +172,10 @@ def test_what_does_not_fit_is_told() -> None:
     assert (
         refused(Permute("a", "x", (2, 2), (1, 0)), a=(6,)) == "a: 6 rows cannot be seen as (2, 2) in the order (1, 0)"
     )
+    turns = refused(Merge(("a", "b"), "ab", interleaved=True), a=(2,), b=(3,))
+    assert turns == "a: [2, 3] along dimension 0 cannot take turns"
+    for rule in (Rename("a", "x", transposed=True), Merge(("a",), "x", transposed=True)):
+        assert refused(rule, a=(2,)) == "a: shape [2] has no two dimensions to transpose"
     assert "x: 4 of 2 elements" in refused(Rename("a", "x"), Rename("b", "x"), a=(2,), b=(2,))
     assert "L.0.w is in 0 rules" in refused(Rename("l.{layer}.w", "x"), L__0__w=(2,))
 
