@@ -27,13 +27,16 @@ def build(model_cls: Callable[[Any], Any], args: Any, seed: int = 0) -> Any:
     others."""
     model = model_cls(args)
     initialize(model, model.inits(), seed)
+    draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.uniform_(0.5, 1.5)
         for name, parameter in model.named_parameters():
-            if name.endswith(("wq.weight", "wk.weight", "wv.weight", "wo.weight")):
+            if parameter.ndim == 1 or "experts.b" in name:
+                parameter.uniform_(0.5, 1.5, generator=draw)
+            elif ".attention." in name or "router" in name:
                 parameter.mul_(12.0)
+        for name, buffer in model.named_buffers():
+            if name.endswith("expert_bias"):
+                buffer.normal_(std=0.1, generator=draw)
     return model
 
 
