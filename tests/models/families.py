@@ -6,11 +6,13 @@ and cover what the family's flavors differ in. `CASES` are shapes that must be a
 
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from components.layers.shapes import ExpertsShape, Llama3Scaling
+from components.layers.shapes import ExpertsShape, LinearScaling, Llama3Scaling
 from models.decoder.args import DecoderArgs
+from models.gemma3.args import Gemma3Args
 from models.llama3.args import Llama3Args
+from models.mistral.args import MistralArgs
 from models.qwen3.args import Qwen3Args
 
 Draw = Callable[[random.Random], DecoderArgs]
@@ -64,7 +66,62 @@ def qwen3(rng: random.Random) -> DecoderArgs:
     return Qwen3Args(**{**vars(dense), "ffn_hidden": 0, "experts": experts})
 
 
+def window(rng: random.Random) -> int:
+    """Shorter than all rows and most documents, than some, or longer than all. (Not 1: queries and keys have no
+    gradients then but rounding.)"""
+    return rng.choice([2, 3, 7, 12, 19, 64])
+
+
+def mistral(rng: random.Random) -> DecoderArgs:
+    sizes = small(rng)
+    return MistralArgs(
+        dim=sizes["n_heads"] * rng.choice([4, 6]),
+        head_dim=rng.choice([0, 10]),
+        ffn_hidden=37,
+        rope_theta=rng.choice([1e4, 1e6]),
+        sliding_window=rng.choice([None, window(rng)]),
+        tied_embeddings=rng.random() < 0.3,
+        **sizes,
+    )
+
+
+def gemma3(rng: random.Random) -> DecoderArgs:
+    sizes = small(rng)
+    return Gemma3Args(
+        dim=sizes["n_heads"] * rng.choice([4, 6]),
+        head_dim=rng.choice([6, 10]),
+        ffn_hidden=37,
+        rope_theta=rng.choice([1e4, 1e6]),
+        rope_scaling=rng.choice([None, LinearScaling(8.0), LinearScaling(2.5)]),
+        local_theta=rng.choice([1e3, 1e4]),
+        sliding_window=window(rng),
+        pattern=rng.choice([1, 2, 3]),
+        query_pre_attn_scalar=rng.choice([5, 24]),
+        tied_embeddings=rng.random() < 0.7,
+        **{**sizes, "n_layers": 3},
+    )
+
+
+MISTRAL = MistralArgs(
+    dim=24, n_layers=2, n_heads=4, head_dim=10, n_kv_heads=2, ffn_hidden=37, vocab_size=61, sliding_window=7
+)
+GEMMA3 = Gemma3Args(
+    dim=24,
+    n_layers=4,
+    n_heads=4,
+    n_kv_heads=1,
+    head_dim=10,
+    ffn_hidden=37,
+    vocab_size=61,
+    rope_scaling=LinearScaling(8.0),
+    sliding_window=7,
+    pattern=2,
+    query_pre_attn_scalar=6,
+)
+
 FAMILIES: dict[str, Tried] = {
+    "gemma3": Tried(gemma3, {"window within a document": GEMMA3, "of half of it": replace(GEMMA3, sliding_window=17)}),
     "llama3": Tried(llama3),
+    "mistral": Tried(mistral, {"window within a document": MISTRAL, "beyond": replace(MISTRAL, sliding_window=64)}),
     "qwen3": Tried(qwen3),
 }
