@@ -7,6 +7,7 @@ and cover what the family's flavors differ in. `CASES` are shapes that must be a
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from components.layers.shapes import ExpertsShape, LinearScaling, Llama3Scaling
 from models.decoder.args import DecoderArgs
@@ -30,13 +31,13 @@ class Tried:
     """transformers' implementation of attention to compare with."""
 
 
-def heads(rng: random.Random) -> dict[str, int]:
+def heads(rng: random.Random) -> dict[str, Any]:
     """Query heads, and key-value heads from one to all."""
     n_heads = rng.choice([2, 4, 6])
     return {"n_heads": n_heads, "n_kv_heads": rng.choice([n for n in range(1, n_heads + 1) if n_heads % n == 0])}
 
 
-def small(rng: random.Random) -> dict[str, int]:
+def small(rng: random.Random) -> dict[str, Any]:
     """Sizes that all families have."""
     return {"n_layers": 2, "vocab_size": rng.choice([61, 64]), "max_seq_len": 256, **heads(rng)}
 
@@ -63,7 +64,7 @@ def qwen3(rng: random.Random) -> DecoderArgs:
     if rng.random() < 0.4:
         return dense
     experts = ExpertsShape(rng.choice([3, 5]), rng.choice([1, 2, 3]), 12, normalize=rng.random() < 0.7)
-    return Qwen3Args(**{**vars(dense), "ffn_hidden": 0, "experts": experts})
+    return replace(dense, ffn_hidden=0, experts=experts)
 
 
 def window(rng: random.Random) -> int:
