@@ -7,11 +7,12 @@ follows from the same fields.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from components.mesh.plan import Columns, Gathered, Replicated, Rows, Style
+from components.runtime.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -308,7 +309,28 @@ class ExpertsShape:
     bias: bool = False
     """Biases of the experts' matrices."""
     activation: Activation = "silu"
-    """What experts' gates are passed through."""
+    """What experts' gates are passed through, the shared one's as well."""
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError with all numbers that do not fit together."""
+        if problems := [f"ExpertsShape: {line}" for line in self._problems()]:
+            raise ConfigError(*problems)
+
+    def _problems(self) -> Iterator[str]:
+        groups, top = self.groups, self.top_groups
+        if not 1 <= self.per_token <= self.count:
+            yield f"per_token = {self.per_token}: must be from 1 to the number of experts, {self.count}"
+        if not 1 <= top <= groups:
+            yield f"top_groups = {top}: must be from 1 to the number of groups, {groups}"
+        if groups < 1 or self.count % groups:
+            yield f"groups = {groups}: must divide the number of experts, {self.count}"
+        elif top < groups:
+            size = self.count // groups
+            if size * top < self.per_token <= self.count:
+                held = size * top
+                yield f"per_token = {self.per_token}: top_groups = {top}, of {size} experts each, have only {held}"
+            if self.group_score == "top2" and size < 2:
+                yield 'group_score = "top2": groups of one expert have no two scores to add up; take "max"'
 
     def matrices(self, dim: int, experts: int | None = None) -> int:
         """Elements of the matrices that a token is multiplied with, counting so many experts; None: those of a

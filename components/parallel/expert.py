@@ -6,7 +6,8 @@ are DTensors over (ep, etp), cut by expert over `ep` and along `hidden` over `et
 
 With `etp` = 1 the ranks of tensor parallelism, which hold pieces of a sequence between blocks, send their pieces
 apart. With `etp` = `tp` they share each expert's matrices, so routed tokens are gathered over them first, and the
-summands that come out are reduced and scattered. In both, weights get gradients of every token once, as sums.
+summands that come out are reduced and scattered. In both, weights get gradients of every token once, as sums. The bias
+of an expert's output is no summand: ranks that share it each hold and add a piece of it, along `dim`.
 
 Dispatch is never compiled: how much goes where is known only at run time. The rest of the block is.
 
@@ -30,8 +31,9 @@ from components.mesh.plan import Plan
 from components.parallel.modules import find
 from components.runtime.errors import MeshError
 
-CUT_BY = {"w1": {"ep": 0, "etp": 1}, "w3": {"ep": 0, "etp": 1}, "w2": {"ep": 0, "etp": 2}}
-"""The dimension of each stacked matrix that a dimension of the mesh cuts: by expert, along `hidden`."""
+CUT_BY = {name: {"ep": 0, "etp": 1} for name in ("w1", "w3", "b1", "b2", "b3")} | {"w2": {"ep": 0, "etp": 2}}
+"""The dimension of each stacked parameter that a dimension of the mesh cuts: by expert; along `hidden`, but b2, which
+has no such dimension, along `dim`."""
 
 
 class Layer(Protocol):
@@ -40,11 +42,14 @@ class Layer(Protocol):
     ranks: TokenRanks
     """Whose tokens it sees."""
     experts: nn.Module
-    """Its experts: `Computes`, with the parameters of `CUT_BY`."""
+    """Its experts: `Computes`, with parameters of `CUT_BY`."""
 
 
 class Computes(Protocol):
     """What is asked of the experts of a layer."""
+
+    sharing: Axis | None
+    """Ranks that share each expert."""
 
     def compute(self, x: Tensor, counts: Tensor) -> Tensor:
         """Local experts on their tokens, which are ordered by expert. # (tokens, dim)"""
@@ -64,6 +69,7 @@ def expert(model: nn.Module, plan: Plan, dims: ParallelDims) -> None:
     for name, module in find(model, plan.experts).items():
         layer = cast(Layer, module)
         layer.ranks, experts = ranks, layer.experts
+        cast(Computes, experts).sharing = dims.axis("etp")
         _cut(name, experts, dims.mesh("ep", "etp"))
         forward = _Dispatch(experts, dims).run if dims.degrees.ep * dims.degrees.etp > 1 else experts.forward
         experts.forward = torch.compiler.disable(forward, reason="how many tokens an expert gets is data")
@@ -74,11 +80,11 @@ def _axes(dims: ParallelDims, *names: str) -> tuple[Axis, ...]:
 
 
 def _cut(name: str, experts: nn.Module, mesh: DeviceMesh | None) -> None:
-    """Make the matrices DTensors over what there is of (ep, etp)."""
+    """Make the parameters DTensors over what there is of (ep, etp)."""
     if mesh is None:
         return
-    for leaf, cuts in CUT_BY.items():
-        whole = experts.get_parameter(leaf)
+    for leaf, whole in list(experts.named_parameters(recurse=False)):
+        cuts = CUT_BY[leaf]
         placements: list[Placement] = []
         for axis, ranks in zip(mesh.mesh_dim_names or (), mesh.shape, strict=True):
             if whole.shape[cuts[axis]] % ranks:

@@ -102,9 +102,9 @@ class Layer(Protocol):
 
 def _costs(model: nn.Module, plan: Plan, modules: Modules) -> dict[str, Cost]:
     """FLOPs by the elements of matrices that a token meets, two to a multiplication and addition; looking up an
-    embedding costs none."""
+    embedding costs none, nor do biases, of which experts' are stacked too."""
     layers = [cast(Layer, module) for module in find(model, plan.experts).values()]
-    met = {id(p): layer.k / layer.n_experts for layer in layers for p in layer.experts.parameters()}
+    met = {id(p): layer.k / layer.n_experts * (p.ndim > 2) for layer in layers for p in layer.experts.parameters()}
     costs: dict[str, Cost] = {}
     for name in modules.names:
         parameters = [*model.get_submodule(name).parameters()]
