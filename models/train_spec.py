@@ -158,7 +158,8 @@ class TrainSpec:
     inputs: tuple[str, ...] = ("positions", "document_ids")
     """What the model reads of each token besides its id, as keyword arguments (rows, seq): `positions`, `document_ids`
     (only with `data.document_mask`), `shares` (each token's share of the step's loss: 1 / valid tokens of the global
-    batch, 0 without a valid label; only in training)."""
+    batch, 0 without a valid label; only in training), `ahead` and `ahead_shares` (rows, seq, depth) (for multi-token
+    prediction, see `Decoder.forward`; only in training, and only where the arguments have `mtp_layers`)."""
     build_optimizers_fn: Callable[[Sequence[nn.Module], JobConfig, torch.device], Optimizers] = build_default_optimizers
     """(model parts, job, device) → optimizers."""
     build_lr_schedulers_fn: Callable[[Optimizers, JobConfig], LRSchedule] = build_default_lr_schedulers
@@ -205,6 +206,7 @@ def register_family(name: str, flavors: Mapping[str, ModelArgs], spec: str) -> N
 
 
 def _register_built_in() -> None:
+    from models.deepseek_v3.args import FLAVORS as DEEPSEEK_V3
     from models.gemma3.args import FLAVORS as GEMMA3
     from models.gpt_oss.args import FLAVORS as GPT_OSS
     from models.llama3.args import FLAVORS as LLAMA3
@@ -212,6 +214,7 @@ def _register_built_in() -> None:
     from models.mistral.args import FLAVORS as MISTRAL
     from models.qwen3.args import FLAVORS as QWEN3
 
+    register_family("deepseek_v3", DEEPSEEK_V3, "models.deepseek_v3.spec:load")
     register_family("gemma3", GEMMA3, "models.gemma3.spec:load")
     register_family("gpt_oss", GPT_OSS, "models.gpt_oss.spec:load")
     register_family("llama3", LLAMA3, "models.llama3.spec:load")

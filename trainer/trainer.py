@@ -19,6 +19,7 @@ from torch import Tensor
 from components.checkpoint.fingerprint import JobIdentity, fingerprint_of
 from components.checkpoint.saver import SaveResult
 from components.data.loader import Loader, StepRows
+from components.loss.ahead import AheadLoss, look_ahead
 from components.mesh.batch import IGNORE, Batch, RowLoss
 from components.mesh.degrees import resolve_degrees
 from components.mesh.parallel_dims import ParallelDims
@@ -95,7 +96,7 @@ class Trainer:
         stages = self.build_stages()
         self.models = [stage.module for stage in stages]
         self.parameters = [parameter for model in self.models for parameter in model.parameters()]
-        self.loss_fn = self.spec.build_loss_fn(self.job)
+        self.loss_fn = AheadLoss(self.spec.build_loss_fn(self.job), self.job.loss.mtp_coefficient)
         self.pipeline = build_pipeline(stages, self.job, self.dims, self.device, self.dtype, self.loss_fn)
         self.optimizers = self.spec.build_optimizers_fn(self.models, self.job, self.device)
         self.schedule = self.spec.build_lr_schedulers_fn(self.optimizers, self.job)
@@ -161,7 +162,7 @@ class Trainer:
     def build_meter(self) -> Meter:
         """Counters that go on from the tokens seen before."""
         return Meter(
-            flops_per_token=self.args.flops_per_token(self.job.training.seq_len),
+            flops_per_token=self.spec.args_for_job_fn(self.args, self.job).flops_per_token(self.job.training.seq_len),
             ranks=self.world.size,
             peak=peak_flops(self.device, self.dtype, self.job.metrics.peak_tflops),
             device=self.device,
@@ -316,7 +317,7 @@ class Trainer:
 
     def accumulate(self, batch: Batch) -> tuple[RowLoss, Tensor]:
         """Gradients of this rank's rows, and the rows' losses; the divisor is the valid labels of the global batch."""
-        batch = self.split(batch)
+        batch = self.split(self.look_ahead(batch))
         valid = distributed.all_reduce_sum((batch.labels != IGNORE).sum(), self.dims.group("loss")).clamp(min=1)
         results: list[RowLoss] = []
         pieces = self.microbatches(batch, self.job.training.local_batch_size)
@@ -326,6 +327,11 @@ class Trainer:
             self.pipeline.tied.sum_gradients()
         local = RowLoss(torch.cat([r.sums for r in results]), torch.cat([r.counts for r in results]))
         return self.whole_rows(local), valid
+
+    def look_ahead(self, batch: Batch) -> Batch:
+        """The same rows, with what multi-token prediction needs of them where the model has it."""
+        depth = getattr(self.spec.args_for_job_fn(self.args, self.job), "mtp_layers", 0)
+        return look_ahead(batch, depth, self.job.data.document_mask) if depth else batch
 
     def split(self, batch: Batch) -> Batch:
         """This rank's part of each of its rows."""
@@ -369,6 +375,8 @@ class Trainer:
             found["document_ids"] = batch.document_ids
         if valid is not None:
             found["shares"] = (batch.labels != IGNORE) / valid
+            if batch.ahead_tokens is not None and batch.ahead_labels is not None:
+                found |= {"ahead": batch.ahead_tokens, "ahead_shares": (batch.ahead_labels != IGNORE) / valid}
         return {name: value for name, value in found.items() if name in self.spec.inputs}
 
     def evaluate(self, batch: Batch) -> RowLoss:

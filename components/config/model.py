@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from components.config.types import NonNegativeInt
+
 
 @dataclass(frozen=True)
 class Model:
@@ -15,6 +17,9 @@ class Model:
     hf_assets_path: str = "./tests/assets/tokenizer"
     """Folder with `tokenizer.json` (and later `config.json` and safetensors). Looked up from the current folder, then
     from the project's."""
+    mtp_layers: NonNegativeInt | None = None
+    """Modules of multi-token prediction, each of which also predicts one token further ahead, in training alone; see
+    `loss.mtp_coefficient`. 0: none. None: the flavor's."""
     tokenizer_path: str | None = None
     """Older name of `hf_assets_path`; wins where it is set."""
     converters: list[str] = field(default_factory=list)

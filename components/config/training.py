@@ -108,6 +108,9 @@ class Loss:
     """Registered name: cross_entropy, or chunked_cross_entropy, which never holds the logits of all tokens."""
     chunk_tokens: PositiveInt = 2048
     """Tokens projected at a time by chunked_cross_entropy. Smaller: less memory, more kernel launches."""
+    mtp_coefficient: Positive = 0.3
+    """Weight of multi-token prediction in the objective, of all modules together; the reported loss stays the plain
+    one. DeepSeek-V3's, which it lowers to 0.1 late in training. `model.mtp_layers = 0` switches it off."""
 
 
 @dataclass(frozen=True)

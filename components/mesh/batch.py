@@ -17,7 +17,8 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of equal length. All tensors are (rows, seq) and int64, so that any device can index with them."""
+    """Rows of equal length. All tensors are int64, so that any device can index with them, and (rows, seq) but where
+    it is said."""
 
     tokens: Tensor
     """Input token ids."""
@@ -27,6 +28,11 @@ class Batch:
     """Position of each token: from 0 in each row, or with `data.document_mask` from 0 in each document."""
     document_ids: Tensor
     """Number of the document that each token belongs to, counted from 0 in each row."""
+    ahead_tokens: Tensor | None = None
+    """For multi-token prediction, in training: the token k places after each, for k = 1 … depth. # (rows, seq,
+    depth)"""
+    ahead_labels: Tensor | None = None
+    """The token after that one, or IGNORE. # (rows, seq, depth)"""
 
     @property
     def rows(self) -> int:
@@ -47,7 +53,20 @@ class Batch:
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> "Batch":
         """The batch of what `fn` makes of each tensor."""
-        return Batch(fn(self.tokens), fn(self.labels), fn(self.positions), fn(self.document_ids))
+        ahead = (None if x is None else fn(x) for x in (self.ahead_tokens, self.ahead_labels))
+        return Batch(fn(self.tokens), fn(self.labels), fn(self.positions), fn(self.document_ids), *ahead)
+
+    def stacked(self) -> Tensor:
+        """All its tensors in one. # (rows, tensors, seq)"""
+        plain = torch.stack((self.tokens, self.labels, self.positions, self.document_ids), dim=1)
+        ahead = (x.mT for x in (self.ahead_tokens, self.ahead_labels) if x is not None)
+        return torch.cat((plain, *ahead), dim=1)
+
+    @classmethod
+    def unstacked(cls, whole: Tensor) -> "Batch":
+        """The inverse of `stacked`."""
+        ahead = (part.mT for part in whole[:, 4:].chunk(2, dim=1)) if whole.shape[1] > 4 else ()
+        return cls(*whole[:, :4].unbind(1), *ahead)
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,9 @@ class Plan:
     """The module (`AttentionMask`) that makes the mask that these modules get."""
     experts: tuple[str, ...] = ()
     """The mixture-of-experts layers (`MoE`). Empty: the model has no experts to deal."""
+    beside: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """For a module of `order`, others that a pipeline stage that holds it holds besides. Those that are in `order`
+    themselves are then in two stages, their parameters kept equal; the rest are there alone."""
     order: tuple[str, ...] = ()
-    """All modules that hold parameters, in the order in which they run: where a pipeline can cut. Empty: the model has
-    no plan for pipeline parallelism."""
+    """All modules that hold parameters, but for what is `beside` another, in the order in which they run: where a
+    pipeline can cut. Empty: the model has no plan for pipeline parallelism."""

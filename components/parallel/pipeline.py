@@ -107,7 +107,8 @@ def _costs(model: nn.Module, plan: Plan, modules: Modules) -> dict[str, Cost]:
     met = {id(p): layer.k / layer.n_experts * (p.ndim > 2) for layer in layers for p in layer.experts.parameters()}
     costs: dict[str, Cost] = {}
     for name in modules.names:
-        parameters = [*model.get_submodule(name).parameters()]
+        beside = [other for other in plan.beside.get(name, ()) if other not in modules.names]
+        parameters = [p for part in (name, *beside) for p in model.get_submodule(part).parameters()]
         flops = 2 * sum(p.numel() * met.get(id(p), 1.0) for p in parameters if p.ndim > 1)
         costs[name] = (0.0 if name == plan.embedding else flops, sum(p.numel() for p in parameters))
     return costs
@@ -117,7 +118,11 @@ def _ties(model: nn.Module, plan: Plan, stage_of: dict[str, int]) -> list[Tie]:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     tied = [(a, b) for a, b in plan.tied if a in parameters and parameters[a] is parameters.get(b)]
     found = [Tie(a, (stage_of[_owner(a)], stage_of[_owner(b)])) for a, b in tied]
-    return [tie for tie in found if tie.stages[0] != tie.stages[1]]
+    again = [(other, name) for name, others in plan.beside.items() for other in others if other in stage_of]
+    for other, name in again:
+        leaves = (leaf for leaf, _ in model.get_submodule(other).named_parameters())
+        found += [Tie(f"{other}.{leaf}", (stage_of[other], stage_of[name])) for leaf in leaves]
+    return [tie for tie in dict.fromkeys(found) if tie.stages[0] != tie.stages[1]]
 
 
 def _owner(parameter: str) -> str:
@@ -126,7 +131,9 @@ def _owner(parameter: str) -> str:
 
 def _prune(model: nn.Module, plan: Plan, modules: Modules, part: tuple[str, ...]) -> nn.Module:
     """A copy of the model with the modules of one part alone; copies on the meta device take no memory."""
-    absent = [name for name in modules.names if name not in part]
+    held = {*part, *(other for name in part for other in plan.beside.get(name, ()))}
+    known = dict.fromkeys((*modules.names, *(other for others in plan.beside.values() for other in others)))
+    absent = [name for name in known if name not in held]
     replaced: dict[int, object] = {id(model.get_submodule(name)): nn.Identity() for name in absent}
     tied = [(a, b) for a, b in plan.tied if _owner(a) in absent and _owner(b) in part and _same(model, a, b)]
     stage = copy.deepcopy(model, replaced)

@@ -14,7 +14,6 @@ lost to the schedule.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -79,12 +78,13 @@ class Pipeline:
             inputs: The model's keyword inputs. # (rows, seq) each
             valid: Divisor of the loss.
         """
-        key = tuple(batch.tokens.shape)
+        depth = 0 if batch.ahead_labels is None else batch.ahead_labels.shape[-1]
+        key = (*batch.tokens.shape, depth)
         if key not in self._schedules:
             self._schedules[key] = self._schedule(*key, device=batch.tokens.device)
         self._results, self._valid = [], valid
         tokens = (batch.tokens,) if self.stages[0].first else ()
-        target = torch.stack([getattr(batch, field.name) for field in fields(Batch)], dim=1) if self._last else None
+        target = batch.stacked() if self._last else None
         self._schedules[key].step(*tokens, target=target, return_outputs=False, **inputs)
         return self._collect(batch)
 
@@ -144,10 +144,10 @@ class Pipeline:
         """Hidden states as they are between stages. # (rows, seq / parts, width)"""
         return torch.empty(rows, seq // self._parts, stage.width, dtype=self._dtype, device=device)
 
-    def _schedule(self, rows: int, seq: int, device: torch.device) -> Any:
-        """torch's schedule for rows of this length."""
+    def _schedule(self, rows: int, seq: int, depth: int, device: torch.device) -> Any:
+        """torch's schedule for rows of this length, of which the last stage gives `depth` times as many besides."""
         size = self.config.pipeline_parallel_microbatch_size
-        stages = [self._torch_stage(stage, size, seq, device) for stage in self.stages]
+        stages = [self._torch_stage(stage, size, seq, depth * stage.last, device) for stage in self.stages]
         settings: dict[str, Any] = {
             "n_microbatches": rows // size,
             "loss_fn": self._scalar_loss,
@@ -161,7 +161,7 @@ class Pipeline:
         make: Any = get_schedule_class(known.name)
         return make(stages[0] if known.shape == "single" else stages, **settings)
 
-    def _torch_stage(self, stage: Stage, rows: int, seq: int, device: torch.device) -> PipelineStage:
+    def _torch_stage(self, stage: Stage, rows: int, seq: int, depth: int, device: torch.device) -> PipelineStage:
         hidden = self._border(stage, rows, seq, torch.device("meta")).requires_grad_()
         tokens = torch.empty(rows, seq, dtype=torch.int64, device="meta")
         make = _FakeStage if self._fake else _Stage
@@ -171,17 +171,17 @@ class Pipeline:
             stage.count,
             device,
             input_args=tokens if stage.first else hidden,
-            output_args=hidden,
+            output_args=self._border(stage, rows * (1 + depth), seq, torch.device("meta")).requires_grad_(),
             group=self.axis.group,
             dw_builder=_nothing_left if self._whole_backward else None,
         )
 
     def _scalar_loss(self, hidden: Tensor, target: Tensor) -> Tensor:
-        """One microbatch's part of the loss. torch cuts the target by rows. # (rows, fields of Batch, seq)"""
+        """One microbatch's part of the loss. torch cuts the target by rows (`Batch.stacked`)."""
         last = self._last
         if last is None:
             raise RuntimeError("a rank without the last stage was asked for the loss")
-        result = self._loss(hidden, last.module, Batch(*target.unbind(1)))
+        result = self._loss(hidden, last.module, Batch.unstacked(target))
         self._results.append(RowLoss(result.sums.detach(), result.counts))
         return result.sums.sum() / self._valid
 

@@ -88,6 +88,8 @@ class DecoderArgs:
     """The head's matrix is the embedding's."""
     max_seq_len: int
     """Longest row, in tokens, that the flavor was made for."""
+    mtp_layers: int = 0
+    """Modules of multi-token prediction, each looking one token further ahead; `model.mtp_layers` overrides it."""
     depth_init: bool = True
     """Scale the initial output matrices of block i by 1/√(2(i+1)); false: all by 1/√(2·n_layers)."""
 
@@ -108,6 +110,11 @@ class DecoderArgs:
         return tuple(self.block(layer) for layer in range(self.n_layers))
 
     @property
+    def ahead(self) -> tuple[BlockShape, ...]:
+        """The blocks of multi-token prediction, which go on counting."""
+        return tuple(self.block(self.n_layers + k) for k in range(self.mtp_layers))
+
+    @property
     def norms(self) -> NormShape:
         """All norms."""
         return NormShape(self.norm_eps)
@@ -120,20 +127,22 @@ class DecoderArgs:
     def parameter_count(self) -> int:
         """Exact number of parameters; a tied matrix counts once."""
         embeddings = self.vocab_size * self.dim * (1 if self.tied_embeddings else 2)
-        return embeddings + sum(block.parameters(self.dim) for block in self.blocks) + self.dim
+        blocks = sum(block.parameters(self.dim) for block in (*self.blocks, *self.ahead))
+        return embeddings + blocks + self.dim + self.mtp_layers * (2 * self.dim**2 + 3 * self.dim)
 
     def flops_per_token(self, seq_len: int) -> float:
         """FLOPs of forward and backward for one token of a row of `seq_len` tokens: 6·M + 6·Σ W·K over blocks.
 
         M counts the elements of all matrices that a token is multiplied with: those of the blocks, of experts those
-        that it goes to, and the head (also if tied), not the embedding, which is a look-up. Each costs a
-        multiplication and an addition forward and twice that backward: 6. In each block a token's queries meet the
-        keys, and its weights the values, of K earlier tokens (half of the row, or less where attention does not reach
-        as far), W multiplications each (`score_width`). Norms, softmax, rotation and recomputation are not counted.
+        that it goes to, and the head (also if tied), not the embedding, which is a look-up; a module of multi-token
+        prediction has a block and a matrix of its own, and meets the head once more. Each costs a multiplication and an
+        addition forward and twice that backward: 6. In each block a token's queries meet the keys, and its weights the
+        values, of K earlier tokens (half of the row, or less where attention does not reach as far), W multiplications
+        each (`score_width`). Norms, softmax, rotation and recomputation are not counted.
         """
-        blocks = self.blocks
+        blocks = (*self.blocks, *self.ahead)
         matrices = sum(b.attention.matrices(self.dim) + b.feed_forward.matrices(self.dim) for b in blocks)
-        matrices += self.vocab_size * self.dim
+        matrices += (1 + self.mtp_layers) * self.vocab_size * self.dim + self.mtp_layers * 2 * self.dim**2
         scores = sum(b.attention.score_width * b.attention.reach.mean_keys(seq_len) for b in blocks)
         return 6.0 * matrices + 6.0 * scores
 
@@ -153,9 +162,10 @@ class DecoderArgs:
         yield from length_problems(job, self.max_seq_len)
 
     def for_job(self, job: JobConfig) -> Self:
-        """The same shape with what the job's keys say of its experts."""
+        """The same shape with what the job's keys say of its experts and of multi-token prediction."""
+        ahead = self.mtp_layers if job.model.mtp_layers is None else job.model.mtp_layers
         if self.experts is None:
-            return self
+            return replace(self, mtp_layers=ahead)
         own, coefficient, rate = self.experts, job.moe.balance_coefficient, job.moe.bias_rate
         said = replace(
             own,
@@ -163,4 +173,4 @@ class DecoderArgs:
             bias_rate=own.bias_rate if rate is None else rate,
             force_balance=job.debug.moe_force_load_balance,
         )
-        return replace(self, experts=said)
+        return replace(self, experts=said, mtp_layers=ahead)

@@ -1,5 +1,6 @@
 """The decoder itself. What it is made of stands in `components.layers`, how it is cut in `plan.py`."""
 
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -11,6 +12,7 @@ from components.layers.head import Head
 from components.layers.initialize import Init, Normal
 from components.layers.latent import LatentAttention
 from components.layers.moe import MoE
+from components.layers.mtp import Ahead
 from components.layers.norm import norm, norm_inits
 from components.layers.rotary import Rotation, rotation
 from components.layers.shapes import AttentionShape, ExpertsShape, Reach
@@ -52,6 +54,12 @@ class Block(nn.Module):
             out = cast(FeedForward, self.feed_forward)(self.ffn_norm(x))
         return x + (out if self.ffn_post_norm is None else self.ffn_post_norm(out)), counts
 
+    def inits(self, matrix: Init, into_stream: Init) -> dict[str, Init]:
+        """How the parameters of its layers are initialized, by name."""
+        layers = {"attention": self.attention, "feed_forward": self.feed_forward, "moe": self.moe}
+        of = {name: layer.inits(matrix, into_stream) for name, layer in layers.items() if layer is not None}
+        return {f"{name}.{leaf}": init for name, inits in of.items() for leaf, init in inits.items()}
+
 
 class Decoder(nn.Module):
     """The model. It holds no buffers but the experts' selection biases, so that it can be built on the meta device."""
@@ -60,17 +68,25 @@ class Decoder(nn.Module):
         super().__init__()
         self.args = args
         blocks = args.blocks
-        self.reaches = list(dict.fromkeys(block.attention.reach for block in blocks))
+        self.reaches = list(dict.fromkeys(block.attention.reach for block in (*blocks, *args.ahead)))
         self.masks = nn.ModuleList(AttentionMask(reach) for reach in self.reaches)
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
         self.layers = nn.ModuleDict({str(i): Block(args, shape) for i, shape in enumerate(blocks)})
+        ahead = (Ahead(args.dim, args.norms, Block(args, shape)) for shape in args.ahead)
+        self.mtp = nn.ModuleDict({str(i): module for i, module in enumerate(ahead)})
         self.norm = norm(args.dim, args.norms)
         self.output = Head(args.dim, args.vocab_size)
         if args.tied_embeddings:
             self.output.weight = self.tok_embeddings.weight
 
     def forward(
-        self, x: Tensor, positions: Tensor, document_ids: Tensor | None = None, shares: Tensor | None = None
+        self,
+        x: Tensor,
+        positions: Tensor,
+        document_ids: Tensor | None = None,
+        shares: Tensor | None = None,
+        ahead: Tensor | None = None,
+        ahead_shares: Tensor | None = None,
     ) -> Tensor:
         """Hidden states after the final norm; `output` makes logits of them.
 
@@ -82,28 +98,51 @@ class Decoder(nn.Module):
             document_ids: Number of each token's document: attention stays within it. None: plain causal. # (rows, seq)
             shares: Each token's share of the step's loss (`TrainSpec.inputs`), for what balances experts; None: not
                 training. # (rows, seq)
+            ahead: In training, for multi-token prediction: the token k places later, for k = 1 … depth. # (rows, seq,
+                depth)
+            ahead_shares: As `shares`, by the labels that follow those tokens. # (rows, seq, depth)
 
         Returns:
-            # (rows, seq, dim)
+            # (rows, seq, dim); in the stage with the head, if it looks ahead, followed by the rows of each module, to
+            predict those labels from: (rows · (1 + depth), seq, dim)
         """
         blocks = [cast(Block, block) for block in self.layers.values()]
+        modules = [] if ahead is None or isinstance(self.mtp, nn.Identity) else [*self.mtp.values()]
+        around = self._around([*blocks, *(module.block for module in modules)], positions, document_ids)
+        x = self.embed(x)
+        for block in blocks:
+            x = self._observed(block, block(x, *around(block), positions, shares))
+        found = [self.norm(x)]
+        for depth, module in enumerate(modules):
+            token, share = (None if of is None else of[..., depth] for of in (ahead, ahead_shares))
+            out = module(found[-1], self.embed(token), *around(module.block), positions, share)
+            found.append(self._observed(module.block, out))
+        return torch.cat(found) if modules else found[0]
+
+    def _around(
+        self, blocks: Sequence[Block], positions: Tensor, document_ids: Tensor | None
+    ) -> Callable[[Block], tuple[Rotation | None, Tensor | None]]:
+        """What each block gets besides its input: one rotation of a kind for all, and one mask."""
         masks = self._masks({block.shape.attention.reach for block in blocks}, positions, document_ids)
         kinds = dict.fromkeys((b.shape.attention.rope, b.shape.attention.rotary_width) for b in blocks)
         turns = {(rope, width): rotation(positions, width, rope) if rope else None for rope, width in kinds}
-        x = self.embed(x)
-        for block in blocks:
-            attention = block.shape.attention
-            turn = turns[attention.rope, attention.rotary_width]
-            x, counts = block(x, turn, masks[attention.reach], positions, shares)
-            if counts is not None:
-                cast(MoE, block.moe).observe(counts)  # out here, since a block may be recomputed
-        return self.norm(x)
+        of = {block: block.shape.attention for block in blocks}
+        return lambda block: (turns[of[block].rope, of[block].rotary_width], masks[of[block].reach])
+
+    def _observed(self, block: Block, out: tuple[Tensor, Tensor | None]) -> Tensor:
+        """A block's hidden states. Its counts are noted out here, since a block may be recomputed."""
+        x, counts = out
+        if counts is not None:
+            cast(MoE, block.moe).observe(counts)
+        return x
 
     def embed(self, x: Tensor) -> Tensor:
-        """Embedded tokens in the first stage; in others hidden states as they are."""
+        """Embedded tokens; hidden states, which later stages get, as they are."""
+        if x.is_floating_point():
+            return x
         embedded = self.tok_embeddings(x)
         scale = self.args.embedding_scale
-        if scale == 1.0 or isinstance(self.tok_embeddings, nn.Identity):
+        if scale == 1.0:
             return embedded
         return embedded * torch.tensor(scale, dtype=embedded.dtype)  # rounded to the type of compute, as published
 
@@ -123,12 +162,12 @@ class Decoder(nn.Module):
         args = self.args
         head = Normal(args.dim**-0.5, cutoff=3.0)
         table: dict[str, Init] = {"tok_embeddings.weight": head if args.tied_embeddings else Normal(1.0)}
-        for name, module in self.layers.items():
-            block, depth = cast(Block, module), int(name) + 1 if args.depth_init else args.n_layers
-            into_stream, matrix = Normal(0.02 / (2 * depth) ** 0.5), Normal(0.02)
-            parts = {"attention": block.attention, "feed_forward": block.feed_forward, "moe": block.moe}
-            for part, layer in parts.items():
-                if layer is not None:
-                    inits = layer.inits(matrix, into_stream)
-                    table |= {f"layers.{name}.{part}.{leaf}": init for leaf, init in inits.items()}
+        matrix, ahead = Normal(0.02), {} if isinstance(self.mtp, nn.Identity) else dict(self.mtp.items())
+        blocks = {f"layers.{name}": (block, int(name) + 1) for name, block in self.layers.items()}
+        blocks |= {f"mtp.{k}.block": (module.block, args.n_layers + int(k) + 1) for k, module in ahead.items()}
+        for name, (block, depth) in blocks.items():
+            into_stream = Normal(0.02 / (2 * (depth if args.depth_init else args.n_layers)) ** 0.5)
+            for leaf, init in cast(Block, block).inits(matrix, into_stream).items():
+                table[f"{name}.{leaf}"] = init
+        table |= {f"mtp.{k}.eh_proj.weight": matrix for k in ahead}
         return table | norm_inits(self) | {"output.weight": head}

@@ -13,26 +13,35 @@ from components.parallel.pipeline import Stage, split
 from models.decoder.args import ORDER, DecoderArgs
 from models.decoder.model import Decoder
 
+AHEAD = "mtp.*.block"
+"""The blocks of multi-token prediction."""
+
 
 def decoder_plan(args: DecoderArgs) -> Plan:
     """What a decoder of this shape is. Blocks may differ: a style then speaks of those that have the module."""
     tensor: dict[str, Style] = {"norm": Replicated()}
-    for shape in dict.fromkeys(args.blocks):
+    blocks = {
+        (within, shape): None for within, shapes in (("layers.*", args.blocks), (AHEAD, args.ahead)) for shape in shapes
+    }
+    for within, shape in blocks:
         parts = {"attention": shape.attention, "moe" if shape.experts else "feed_forward": shape.feed_forward}
         norms = ("attention_norm", "ffn_norm", *(("attention_post_norm", "ffn_post_norm") if shape.sandwich else ()))
-        tensor |= {f"layers.*.{name}": Replicated() for name in norms}
+        tensor |= {f"{within}.{name}": Replicated() for name in norms}
         for part, layer in parts.items():
-            tensor |= {f"layers.*.{part}.{name}".rstrip("."): style for name, style in layer.styles().items()}
+            tensor |= {f"{within}.{part}.{name}".rstrip("."): style for name, style in layer.styles().items()}
+    if args.mtp_layers:  # its own matrix works on single tokens, of which each rank has some
+        tensor |= {f"mtp.*.{name}": Replicated() for name in ("enorm", "hnorm", "eh_proj", "norm")}
     return Plan(
-        blocks=("layers.*",),
+        blocks=("layers.*", "mtp.*"),
         embedding="tok_embeddings",
         head="output",
         tied=(("tok_embeddings.weight", "output.weight"),),
         tensor=tensor,
-        attention=("layers.*.attention.inner",),
+        attention=("layers.*.attention.inner", f"{AHEAD}.attention.inner"),
         mask="masks.*",
-        experts=("layers.*.moe",) if any(block.experts for block in args.blocks) else (),
+        experts=("layers.*.moe", f"{AHEAD}.moe") if any(block.experts for block in (*args.blocks, *args.ahead)) else (),
         order=ORDER,
+        beside={"output": ("mtp", "tok_embeddings")} if args.mtp_layers else {},
     )
 
 

@@ -23,7 +23,7 @@ def decoder_spec(flavors: Mapping[str, DecoderArgs], adapter: Adapter | None) ->
         parallelize_fn=parallelize_decoder,
         pipelining_fn=pipeline_decoder,
         args_for_job_fn=DecoderArgs.for_job,
-        inputs=("positions", "document_ids", "shares"),
+        inputs=("positions", "document_ids", "shares", "ahead", "ahead_shares"),
         build_optimizers_fn=build_optimizers,
         state_dict_adapter=adapter,
     )

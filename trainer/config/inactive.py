@@ -30,9 +30,16 @@ def _without(converter: str) -> Inactive:
 
 
 def _has_no_experts(job: JobConfig) -> bool:
-    """False where only code that is not imported knows it. A family with experts has `n_experts` in its arguments."""
+    """False where only code that is not imported knows it. A family with experts has `experts` in its arguments."""
     args, _ = find_model(job)
-    return args is not None and not getattr(args, "n_experts", 0)
+    return args is not None and not getattr(args, "experts", None)
+
+
+def _looks_not_ahead(job: JobConfig) -> bool:
+    """False where only code that is not imported knows it. A family that can has `mtp_layers` in its arguments."""
+    args, _ = find_model(job)
+    own = getattr(args, "mtp_layers", 0) if job.model.mtp_layers is None else job.model.mtp_layers
+    return not own and (args is not None or job.model.mtp_layers is not None)
 
 
 def _mode_is_not(*modes: str) -> Predicate:
@@ -202,6 +209,7 @@ INACTIVE = (
         "lr_scheduler.decay_ratio is 0: nothing decays",
     ),
     Inactive(("loss.chunk_tokens",), lambda job: job.loss.name == "cross_entropy", 'loss.name is "cross_entropy"'),
+    Inactive(("loss.mtp_coefficient",), _looks_not_ahead, "the model has no modules of multi-token prediction"),
     Inactive(
         ("data.streams", "data.shuffle", "data.shuffle_window", "data.on_end"),
         lambda job: job.training.dataset == "synthetic",
