@@ -8,6 +8,7 @@ not win in silence. Torch-free.
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,43 @@ from components.runtime.errors import CheckpointError
 
 CONFIG = "config.json"
 _ALIASES = {"num_local_experts": "num_experts"}  # transformers 5 → published files
+
+
+@dataclass(frozen=True)
+class Nested:
+    """Published multimodal checkpoints in which the model is the text model, with a config.json of its own in
+    `text_config`. They are read only: what is exported is the text model alone."""
+
+    model_types: tuple[str, ...]
+    """What the whole of it calls itself in config.json: ("gemma3",)."""
+    prefixes: tuple[tuple[str, str], ...] = (
+        ("language_model.model.", "model."),
+        ("language_model.lm_head.", "lm_head."),
+        ("model.language_model.", "model."),
+    )
+    """What the text model's tensors begin with there, and by themselves; the first form is that of published files,
+    the last that of transformers 5."""
+    left_out: tuple[str, ...] = (
+        "vision_tower.",
+        "vision_model.",
+        "multi_modal_projector.",
+        "model.vision_tower.",
+        "model.vision_model.",
+        "model.multi_modal_projector.",
+    )
+    """What the other parts' tensors begin with."""
+
+    def text(self, config: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The text model's fields of a config.json, None if it is not in it; whether matrices are tied, the whole
+        says."""
+        if not isinstance(text := config.get("text_config"), dict):
+            return None
+        tied = {key: config[key] for key in ("tie_word_embeddings",) if config.get(key) is not None}
+        return {**text, **tied}
+
+    def own_name(self, name: str) -> str:
+        """The name that a tensor has where the text model stands alone."""
+        return next((own + name.removeprefix(there) for there, own in self.prefixes if name.startswith(there)), name)
 
 
 @dataclass(frozen=True)
@@ -33,6 +71,8 @@ class Adapter:
     """Arguments → what published files may hold besides."""
     normal: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda config: config
     """config.json of theirs → the same in the form that `to_config` writes, where published files have several."""
+    nested: Nested | None = None
+    """Multimodal checkpoints that hold the model; None: there are none."""
 
     def table(self, args: Any, shapes: Shapes) -> Table:
         """The table of a model of these arguments, whose tensors have these names and shapes. Raises
@@ -45,31 +85,32 @@ class Adapter:
 
     def config_problems(self, config: Mapping[str, Any], args: Any) -> list[str]:
         """Each field in which a config.json is not that of these arguments; a line each, empty if it is."""
+        text = self.nested.text(config) if self.nested else None
+        if text is not None and self.nested and (kind := config.get("model_type")) not in self.nested.model_types:
+            return [f"model_type = {_show(kind)}, this model is in {' or '.join(self.nested.model_types)}"]
         defaults = self.defaults(args)
-        ours, theirs = _compared(self.to_config(args), defaults), _compared(self.normal(config), defaults)
-        problems = [
+        theirs = _compared(self.normal(config if text is None else text), defaults)
+        ours = _compared(self.to_config(args), defaults)
+        return [
             f"{key} = {_show(theirs[key])}, this model has {_show(ours[key])}"
             for key in sorted(ours)
             if ours[key] != theirs[key]
         ]
-        if config.get("quantization_config") is not None:
-            problems.append(
-                "quantization_config is there: quantized weights (checkpoint.initial_load_in_hf_quantized) are not read"
-            )
-        return problems
 
 
 def _compared(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of `defaults`, as the config has them."""
     said = {_ALIASES.get(key, key): value for key, value in _flat_rope(config).items() if value is not None}
-    if isinstance(kinds := said.get("layer_types"), list) and all(kind == "full_attention" for kind in kinds):
-        del said["layer_types"]
+    defaults = {_ALIASES.get(key, key): value for key, value in defaults.items()}
     values = {**defaults, **{key: said[key] for key in defaults if key in said}}
-    heads = values["num_attention_heads"]
-    if values["num_key_value_heads"] is None:
+    kinds = values.get("layer_types")
+    if defaults.get("layer_types") is None and isinstance(kinds, list) and {*map(str, kinds)} == {"full_attention"}:
+        values["layer_types"] = None  # of families that know no other, unless a file says so
+    heads = values.get("num_attention_heads")
+    if values.get("num_key_value_heads", heads) is None:
         values["num_key_value_heads"] = heads
-    if values["head_dim"] is None:
-        values["head_dim"] = _ratio(values["hidden_size"], heads)
+    if "head_dim" in values and values["head_dim"] is None:
+        values["head_dim"] = _ratio(values.get("hidden_size"), heads)
     return values
 
 
@@ -90,11 +131,48 @@ def _flat_rope(config: Mapping[str, Any]) -> dict[str, Any]:
         scaling = dict(rope)
         flat["rope_theta"] = scaling.pop("rope_theta", flat.get("rope_theta"))
         flat["rope_scaling"] = scaling
-    scaling = flat.get("rope_scaling")
-    if isinstance(scaling, dict):
-        scaling = {("rope_type" if key == "type" else key): value for key, value in scaling.items()}
-        flat["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
+    if isinstance(scaling := flat.get("rope_scaling"), dict):
+        flat["rope_scaling"] = _scaling(scaling, flat.get("max_position_embeddings"))
     return flat
+
+
+def _scaling(table: Mapping[str, Any], longest: Any) -> dict[str, Any] | None:
+    """A table of rotary scaling with what transformers takes for what it does not say; None: there is none."""
+    said = {key: value for key, value in table.items() if value is not None and key != "type"}
+    kind = said.setdefault("rope_type", table.get("type") or "default")
+    if said.get("partial_rotary_factor") == 1:
+        del said["partial_rotary_factor"]
+    if kind in ("llama3", "yarn"):
+        said.setdefault("original_max_position_embeddings", longest)
+    if kind == "default":
+        return None
+    return _yarn(said) if kind == "yarn" and _are_numbers(said) else said
+
+
+def _are_numbers(said: Mapping[str, Any]) -> bool:
+    return all(type(said.get(key, 1)) in (int, float) for key in ("factor", "mscale", "mscale_all_dim")) and (
+        "factor" in said
+    )
+
+
+def _yarn(said: dict[str, Any]) -> dict[str, Any]:
+    """YaRN's table with defaults. `mscale` says nothing but `attention_factor`, what cosines and sines are scaled
+    with; `mscale_all_dim` is DeepSeek's scale of scores besides."""
+    factor, mscale, everywhere = said["factor"], said.pop("mscale", None), said.pop("mscale_all_dim", None)
+
+    def sharper(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    implied = sharper(mscale) / sharper(everywhere) if mscale and everywhere else sharper(1.0)
+    scale = said.pop("attention_factor", implied)
+    return {
+        **said,
+        "beta_fast": said.get("beta_fast") or 32,
+        "beta_slow": said.get("beta_slow") or 1,
+        "truncate": said.get("truncate", True),
+        "attention_factor": round(scale, 6) if isinstance(scale, float) else scale,
+        **({"mscale_all_dim": everywhere} if everywhere else {}),
+    }
 
 
 def parse_config(raw: bytes) -> dict[str, Any]:

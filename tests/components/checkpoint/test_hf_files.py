@@ -3,7 +3,6 @@
 import json
 import os
 import struct
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,7 +25,6 @@ from components.checkpoint.ranks import Ranks
 from components.checkpoint.safetensors import Place
 from components.checkpoint.storage import Folder, open_folder, open_storage
 from components.runtime.errors import CheckpointError
-from components.runtime.logging import logger
 from tests.components.checkpoint import hf_tiny as tiny
 from tests.ranks import run_ranks
 
@@ -50,24 +48,6 @@ def contents(folder: Folder | Path) -> dict[str, Tensor]:
             assert file.metadata() == {"format": "pt"}
             found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
     return found
-
-
-@pytest.fixture
-def told() -> Iterator[list[str]]:
-    """What is logged."""
-    import logging
-
-    class Handler(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            lines.append(record.getMessage())
-
-    lines: list[str] = []
-    handler, level = Handler(), logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    yield lines
-    logger.removeHandler(handler)
-    logger.setLevel(level)
 
 
 def test_one_file(tmp_path: Path, told: list[str]) -> None:
