@@ -9,10 +9,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from components.layers.shapes import ExpertsShape, LinearScaling, Llama3Scaling
+from components.layers.shapes import ExpertsShape, LinearScaling, Llama3Scaling, Temperature, YarnScaling
 from models.decoder.args import DecoderArgs
 from models.gemma3.args import Gemma3Args
+from models.gpt_oss.args import GptOssArgs
+from models.gpt_oss.args import experts as gpt_oss_experts
 from models.llama3.args import Llama3Args
+from models.llama4.args import Llama4Args
+from models.llama4.args import experts as llama4_experts
 from models.mistral.args import MistralArgs
 from models.qwen3.args import Qwen3Args
 
@@ -87,7 +91,7 @@ def mistral(rng: random.Random) -> DecoderArgs:
 
 
 def gemma3(rng: random.Random) -> DecoderArgs:
-    sizes = small(rng)
+    sizes = {**small(rng), "n_layers": 3}
     return Gemma3Args(
         dim=sizes["n_heads"] * rng.choice([4, 6]),
         head_dim=rng.choice([6, 10]),
@@ -99,7 +103,7 @@ def gemma3(rng: random.Random) -> DecoderArgs:
         pattern=rng.choice([1, 2, 3]),
         query_pre_attn_scalar=rng.choice([5, 24]),
         tied_embeddings=rng.random() < 0.7,
-        **{**sizes, "n_layers": 3},
+        **sizes,
     )
 
 
@@ -120,9 +124,44 @@ GEMMA3 = Gemma3Args(
     query_pre_attn_scalar=6,
 )
 
+
+def gpt_oss(rng: random.Random) -> DecoderArgs:
+    scaling = YarnScaling(
+        rng.choice([4.0, 32.0]), rng.choice([16, 64]), rng.choice([4.0, 32.0]), truncate=rng.random() < 0.5
+    )
+    return GptOssArgs(
+        dim=rng.choice([24, 30]),
+        head_dim=rng.choice([6, 10]),
+        experts=gpt_oss_experts(rng.choice([3, 5]), rng.choice([1, 2, 3]), rng.choice([12, 13])),
+        window=rng.choice([2, 5, 16, 64]),
+        rope_scaling=scaling,
+        **small(rng),
+    )
+
+
+def llama4(rng: random.Random) -> DecoderArgs:
+    narrow = Llama3Scaling(16.0, 1.0, 1.0, 16)
+    return Llama4Args(
+        dim=rng.choice([24, 30]),
+        head_dim=rng.choice([6, 10]),
+        ffn_hidden=37,
+        experts=replace(llama4_experts(rng.choice([3, 5]), rng.choice([12, 13])), per_token=rng.choice([1, 1, 2])),
+        experts_every=rng.choice([1, 2]),
+        plain_every=rng.choice([2, 3]),
+        chunk=rng.choice([2, 5, 16, 64]),
+        qk_norm=rng.random() < 0.6,
+        temperature=rng.choice([None, Temperature(3, 0.5), Temperature(8), Temperature(64)]),
+        rope_scaling=rng.choice([None, narrow, Llama3Scaling(8.0, original_max_position=16)]),
+        tied_embeddings=rng.random() < 0.3,
+        **{**small(rng), "n_layers": 3},
+    )
+
+
 FAMILIES: dict[str, Tried] = {
     "gemma3": Tried(gemma3, {"window within a document": GEMMA3, "of half of it": replace(GEMMA3, sliding_window=17)}),
     "llama3": Tried(llama3),
     "mistral": Tried(mistral, {"window within a document": MISTRAL, "beyond": replace(MISTRAL, sliding_window=64)}),
     "qwen3": Tried(qwen3),
+    "gpt_oss": Tried(gpt_oss, attention="eager"),
+    "llama4": Tried(llama4),
 }
