@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from components.layers.initialize import Init
-from components.layers.norm import norm, norm_inits
+from components.layers.initialize import Constant, Init
+from components.layers.norm import norm, norm_inits, unweighted_norm
 from components.layers.rotary import Rotation, apply_rotary
-from components.layers.shapes import AttentionShape, NormShape, Reach
+from components.layers.shapes import AttentionShape, NormShape, Reach, Temperature
 from components.mesh.batch import Part
+from components.mesh.tiled_attention import Tiling, single, tiled_attention
 
 
 class AttentionMask(nn.Module):
@@ -80,18 +81,34 @@ class InnerAttention(nn.Module):
         super().__init__()
         self.scale = scale
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None = None,
+        sinks: Tensor | None = None,
+        tiling: Tiling | None = None,
+    ) -> Tensor:
         """Causal attention, or attention by `mask` where there is one.
+
+        With sinks, on a device without a kernel for it (see `attention_kernels`: on CUDA, with a mask), it holds
+        seq² numbers in fp32 for each head, several times in backward.
 
         Args:
             q: Queries. # (rows, heads, seq, head_dim)
-            k: Keys; `heads` is a multiple of their heads. # (rows, kv_heads, seq, head_dim)
-            v: Values. # (rows, kv_heads, seq, head_dim)
-            mask: Bool, True where allowed. # (rows, 1, seq, seq)
+            k: Keys; `heads` is a multiple of their heads. # (rows, kv_heads, keys, head_dim)
+            v: Values. # (rows, kv_heads, keys, value_dim)
+            mask: Bool, True where allowed. # (rows or 1, 1, seq, keys)
+            sinks: Score of each head's sink (`tiled_attention`); None: there are none. # (heads,)
+            tiling: How ranks that share rows put attention together; None: every query meets all keys, which are here.
 
         Returns:
-            # (rows, heads, seq, head_dim)
+            # (rows, heads, seq, value_dim)
         """
+        if sinks is not None or tiling is not None:
+            tiling = tiling or single(q.shape[2], k.shape[2], causal=mask is None)
+            return tiled_attention(q, k, v, mask, tiling, self.scale, sinks)
         grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=grouped
@@ -113,6 +130,7 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = (
             norm(shape.head_dim, norms) if shape.qk_norm == "before" else nn.Identity() for _ in range(2)
         )
+        self.sinks = nn.Parameter(torch.empty(shape.n_heads)) if shape.sinks else None
 
     def forward(self, x: Tensor, turn: Rotation | None, mask: Tensor | None, positions: Tensor) -> Tensor:
         """Attend within each row. # (rows, seq, dim) → (rows, seq, dim)
@@ -125,12 +143,24 @@ class Attention(nn.Module):
         q, k = self.q_norm(self.wq(x).view(heads)), self.k_norm(self.wk(x).view(heads))
         if turn is not None:
             q, k = apply_rotary(q, k, turn)
+            if self.shape.qk_norm == "after":
+                q, k = unweighted_norm(q, self.eps), unweighted_norm(k, self.eps)
+        elif self.shape.temperature is not None:
+            q = tempered(q, positions, self.shape.temperature)
         v = self.wv(x).view(heads)
-        out = self.inner(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
+        out = self.inner(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, self.sinks)
         return self.wo(out.transpose(1, 2).reshape(rows, seq, -1))
 
     def inits(self, matrix: Init, into_stream: Init) -> dict[str, Init]:
-        """How each parameter is initialized, by name: matrices as said, norms as if they were not there."""
+        """How each parameter is initialized, by name: matrices as said, norms as if they were not there, biases 0, and
+        sinks too: their score is that of a key that a query has nothing in common with."""
         table: dict[str, Init] = {f"{name}.weight": matrix for name in ("wq", "wk", "wv")}
         table |= {"wo.weight": into_stream}
-        return table | norm_inits(self)
+        zeros = (name for name, _ in self.named_parameters() if name == "sinks" or name.endswith(".bias"))
+        return table | {name: Constant(0.0) for name in zeros} | norm_inits(self)
+
+
+def tempered(q: Tensor, positions: Tensor, temperature: Temperature) -> Tensor:
+    """Queries scaled by position, in fp32, returned in their own type. # (rows, seq, heads, head_dim), (rows, seq)"""
+    steps = ((positions.float() + 1.0) / temperature.floor).floor()
+    return (q * (steps.log1p() * temperature.scale + 1.0)[:, :, None, None]).type_as(q)

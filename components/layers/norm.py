@@ -28,6 +28,11 @@ def norm(dim: int, shape: NormShape) -> nn.Module:
     return ZeroCenteredRMSNorm(dim, shape.eps) if shape.zero_centered else nn.RMSNorm(dim, eps=shape.eps)
 
 
+def unweighted_norm(x: Tensor, eps: float) -> Tensor:
+    """The norm over the last dimension without a weight, returned in the type of `x`. # (..., dim) → (..., dim)"""
+    return F.rms_norm(x.float(), x.shape[-1:], None, eps).type_as(x)
+
+
 def norm_inits(module: nn.Module) -> dict[str, Init]:
     """Weights of all norms in a module, by name, so that they change nothing."""
     plain = {f"{n}.weight": Constant(1.0) for n, part in module.named_modules() if isinstance(part, nn.RMSNorm)}

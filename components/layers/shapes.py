@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from components.mesh.plan import Columns, Gathered, Replicated, Rows, Style
+from components.mesh.plan import Columns, Dealt, Gathered, Replicated, Rows, Style
 from components.runtime.errors import ConfigError
 
 
@@ -169,10 +169,11 @@ class AttentionShape:
         return self.head_dim
 
     def styles(self) -> Mapping[str, Style]:
-        """How tensor parallelism treats the layer's modules; "": the layer itself."""
+        """How tensor parallelism treats the layer's modules, and parameters of its own; "": the layer itself."""
         heads = Columns(unit=self.head_dim)
         norms = {"q_norm": Replicated(), "k_norm": Replicated()} if self.qk_norm == "before" else {}
-        return {"": Gathered(), "wq": heads, "wk": heads, "wv": heads, **norms, "wo": Rows(unit=self.head_dim)}
+        sinks = {"sinks": Dealt()} if self.sinks else {}
+        return {"": Gathered(), "wq": heads, "wk": heads, "wv": heads, **norms, **sinks, "wo": Rows(unit=self.head_dim)}
 
 
 @dataclass(frozen=True)

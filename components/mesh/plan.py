@@ -36,8 +36,14 @@ class Replicated:
     """A module that every rank holds whole and uses on its own tokens or heads; its gradients are summed. Norms."""
 
 
-Style = Gathered | Columns | Rows | Replicated
-"""How tensor parallelism treats one module."""
+@dataclass(frozen=True)
+class Dealt:
+    """A parameter, named in place of a module, with one element for each head: each rank holds those of its heads. It
+    stands right in a `Gathered` module."""
+
+
+Style = Gathered | Columns | Rows | Replicated | Dealt
+"""How tensor parallelism treats one module, or with `Dealt` one parameter."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +65,8 @@ class Plan:
     tied: tuple[tuple[str, str], ...] = ()
     """Pairs of parameter names that are one parameter (in some flavors); the root then holds them."""
     tensor: Mapping[str, Style] = field(default_factory=dict)
-    """Tensor-parallel style of modules. Every parameter is in one of them, in the embedding, the head, or the experts.
-    Empty: the model has no plan for tensor parallelism."""
+    """Tensor-parallel style of modules. Every parameter is in or is one of them, in the embedding, the head, or the
+    experts. Empty: the model has no plan for tensor parallelism."""
     attention: tuple[str, ...] = ()
     """The modules of attention proper (`InnerAttention`), which context parallelism replaces the inside of. Empty: the
     model has no plan for context parallelism."""

@@ -6,41 +6,12 @@ each rank has the same work; the price is that a rank's tokens are two stretches
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from components.mesh.collectives import Axis
-
-
-class Tile(NamedTuple):
-    """A rectangle of attention: some queries of this rank against some keys that it has at hand."""
-
-    query: int
-    """First query."""
-    queries: int
-    """Number of queries."""
-    key: int
-    """First key, counted in the keys at hand."""
-    keys: int
-    """Number of keys."""
-    column: int
-    """Where the first key stands in the row."""
-    causal: bool
-    """The keys are the queries' own tokens, and each query sees those up to itself; else it sees all."""
-
-    def of_queries(self, x: Tensor) -> Tensor:
-        """Its part of what each query has. # (rows, heads, all queries, ...) → (rows, heads, queries, ...)"""
-        return x.narrow(2, self.query, self.queries)
-
-    def of_keys(self, x: Tensor) -> Tensor:
-        """Its part of what each key at hand has. # (rows, heads, all keys, ...) → (rows, heads, keys, ...)"""
-        return x.narrow(2, self.key, self.keys)
-
-    def of_mask(self, mask: Tensor | None) -> Tensor | None:
-        """Its part of a mask over the row. # (rows, 1, all queries, seq) → (rows, 1, queries, keys)"""
-        return None if mask is None else self.of_queries(mask).narrow(3, self.column, self.keys)
+from components.mesh.tiled_attention import Tile
 
 
 @dataclass(frozen=True)

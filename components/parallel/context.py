@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 from components.config.parallelism import Parallelism
 from components.mesh.batch import Batch, Part
-from components.mesh.collectives import Axis, all_to_all, gather
+from components.mesh.collectives import Axis, all_to_all, gather, piece
 from components.mesh.plan import Plan
+from components.mesh.tiled_attention import Tiling
 from components.parallel.chunks import Deal
 from components.parallel.modules import find
-from components.parallel.tiles import tiled_attention
 from components.runtime.errors import MeshError
 
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+Attend = Callable[..., Tensor]
 """`InnerAttention.forward`."""
 
 MakeMask = Callable[..., Tensor | None]
@@ -103,13 +103,13 @@ def _ulysses_mask(make: MakeMask, deal: Deal) -> MakeMask:
 
 
 def _gathered(attend: Attend, deal: Deal) -> Attend:
-    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, sinks: Tensor | None = None) -> Tensor:
         k, v = (deal.to_row_order(gather(x, 2, deal.axis), 2) for x in (k, v))
         if mask is None and _symbolic(deal.axis):
             mask = _part(deal, q.shape[2], q.device).not_later()[None, None]
         if mask is None:
-            return tiled_attention(q, k, v, None, (deal.whole(q.shape[2]),), deal.axis)
-        return attend(q, k, v, mask)
+            return attend(q, k, v, None, sinks, Tiling((deal.whole(q.shape[2]),)))
+        return attend(q, k, v, mask, sinks)
 
     return forward
 
@@ -118,17 +118,19 @@ def _ring(attend: Attend, deal: Deal) -> Attend:
     if _symbolic(deal.axis):  # all ranks in one process: who sends to whom cannot be said in integers
         return _gathered(attend, deal)
 
-    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        return tiled_attention(q, k, v, mask, deal.steps(q.shape[2]), deal.axis)
+    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, sinks: Tensor | None = None) -> Tensor:
+        return attend(q, k, v, mask, sinks, Tiling(deal.steps(q.shape[2]), deal.axis))
 
     return forward
 
 
 def _ulysses(attend: Attend, deal: Deal) -> Attend:
-    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, sinks: Tensor | None = None) -> Tensor:
         k, v = (_spread(x, q.shape[1], deal.axis.size) for x in (k, v))
         q, k, v = (_to_heads(x, deal) for x in (q, k, v))
-        return _to_tokens(attend(q, k, v, mask), deal)
+        # The other heads' gradients are on the other ranks; data parallelism, which includes these ranks, adds them.
+        mine = None if sinks is None else piece(sinks, 0, deal.axis)
+        return _to_tokens(attend(q, k, v, mask, mine), deal)
 
     return forward
 

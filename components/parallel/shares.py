@@ -64,12 +64,13 @@ def _least(a: int, b: int) -> int:
 
 
 class Local:
-    """A module as its `forward` sees it under `Replicated`: its own parameters are local tensors, all else is its own.
+    """A module as its `forward` sees it under `Replicated`, or without an axis under `Dealt`: its own parameters are
+    local tensors, all else is its own.
 
     Swapping the parameters of the module itself was rejected: compiled code would have to prove that they come back.
     """
 
-    def __init__(self, module: nn.Module, axis: Axis) -> None:
+    def __init__(self, module: nn.Module, axis: Axis | None) -> None:
         self.module, self.axis = module, axis
 
     def __getattr__(self, name: str) -> Any:

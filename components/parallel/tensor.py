@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from components.config.job_config import JobConfig
 from components.mesh.collectives import Axis
 from components.mesh.parallel_dims import ParallelDims
-from components.mesh.plan import Columns, Gathered, Plan, Replicated, Rows
+from components.mesh.plan import Columns, Dealt, Gathered, Plan, Replicated, Rows
 from components.parallel import shares
 from components.parallel.modules import find
 from components.parallel.shares import Local, Span, bound
@@ -56,6 +56,10 @@ def tensor(model: nn.Module, plan: Plan, dims: ParallelDims, job: JobConfig) -> 
     if job.parallelism.enable_async_tensor_parallel:
         overlap(mesh)
     cutter = _Cutter(mesh, axis)
+    dealt = [pattern.rpartition(".") for pattern, style in plan.tensor.items() if isinstance(style, Dealt)]
+    for pattern, _, leaf in dealt:  # first, since it changes what a module's own forward sees
+        for _, module in _present(model, pattern):
+            cutter.dealt(module, leaf)
     for pattern, style in plan.tensor.items():
         for name, module in _present(model, pattern):
             cutter.apply(name, module, style)
@@ -161,6 +165,13 @@ class _Cutter:
             self.place(module, name, Replicate())
         if names:
             module.forward = bound(type(module).forward, Local(module, self.axis))
+
+    def dealt(self, module: nn.Module, leaf: str) -> None:
+        """A parameter of the module's own, by its first dimension; `forward` finds it as a local tensor. Where heads do
+        not divide, `rows` refuses."""
+        if getattr(module, leaf, None) is not None:
+            self.place(module, leaf, Shard(0))
+            module.forward = bound(type(module).forward, Local(module, None))
 
     def embedding(self, name: str, module: nn.Module) -> None:
         """By vocabulary; the output is cut along the sequence."""

@@ -1,17 +1,27 @@
 """Rotary embedding, attention, feed-forward and head, each against a definition written out."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from components.layers.attention import AttentionMask, InnerAttention
+from components.layers.attention import Attention, AttentionMask, InnerAttention
 from components.layers.feed_forward import FeedForward
 from components.layers.head import Head
+from components.layers.initialize import Normal
 from components.layers.rotary import apply_rotary, inverse_frequencies, rotation
-from components.layers.shapes import FeedForwardShape, Llama3Scaling, Reach, Rope
+from components.layers.shapes import (
+    AttentionShape,
+    FeedForwardShape,
+    Llama3Scaling,
+    NormShape,
+    Reach,
+    Rope,
+    Temperature,
+)
 from components.mesh.batch import RowLoss
 
 LLAMA31, LLAMA32 = Llama3Scaling(factor=8.0), Llama3Scaling(factor=32.0)
@@ -104,6 +114,111 @@ def test_attention_is_its_definition(kv_heads: int, masked: bool) -> None:
     scores = (q @ wide_k.transpose(2, 3) / math.sqrt(8)).masked_fill(~mask, -math.inf)
     actual = InnerAttention()(q, k, v, mask if masked else None)
     torch.testing.assert_close(actual, scores.softmax(-1) @ wide_v)
+
+
+def softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, sinks: Tensor | None = None
+) -> Tensor:
+    """The definition: with sinks, one more column of scores, whose weight goes to nothing."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = (q @ k.mT * scale).masked_fill(~mask, -math.inf)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks[None, :, None, None].expand(*scores.shape[:3], 1)), dim=-1)
+    return scores.softmax(-1)[..., : k.shape[2]] @ v
+
+
+@pytest.mark.parametrize("reach", [None, Reach(), Reach(window=2)], ids=["causal", "documents", "window"])
+@pytest.mark.parametrize("scale", [None, 0.9])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_sinks_are_their_definition_with_every_gradient(
+    kv_heads: int, scale: float | None, reach: Reach | None
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 4, 8, 6), (2, kv_heads, 8, 6), (2, kv_heads, 8, 6), (4,)]
+    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    mask = None if reach is None else AttentionMask(reach)(POSITIONS, DOCUMENTS)
+    allowed = torch.ones(8, 8, dtype=torch.bool).tril() if mask is None else mask
+    q, k, v, sinks = inputs
+    want = softmax_attention(q, k, v, allowed, 6**-0.5 if scale is None else scale, sinks)
+    actual = InnerAttention(scale)(q, k, v, mask, sinks)
+    torch.testing.assert_close(actual, want)
+    grad = torch.randn(want.shape, generator=generator, dtype=torch.float64)
+    for got, expected in zip(
+        torch.autograd.grad(actual, inputs, grad), torch.autograd.grad(want, inputs, grad), strict=True
+    ):
+        torch.testing.assert_close(got, expected)
+
+
+def test_sinks_gradients_are_added_up_in_fp32() -> None:
+    """A thousand queries' equal shares in bf16: added up in bf16, they would stop at a few hundred of them."""
+    ones = torch.ones(1, 1, 1024, 8)
+    q, v = torch.zeros_like(ones).bfloat16(), ones.bfloat16()
+    sinks = torch.zeros(1, dtype=torch.bfloat16, requires_grad=True)
+    InnerAttention()(q, q, v, None, sinks).sum().backward()
+    keys = torch.arange(1, 1025, dtype=torch.float64)
+    want = -(8 * keys / (keys + 1) ** 2).sum()
+    torch.testing.assert_close(sinks.grad, torch.tensor([want]).bfloat16(), rtol=1e-2, atol=0.0)
+
+
+PLAIN = AttentionShape(4, 2, 6, Rope(100.0))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        PLAIN,
+        replace(PLAIN, bias=True),
+        replace(PLAIN, out_bias=True),
+        replace(PLAIN, scale=0.9),
+        replace(PLAIN, sinks=True),
+        replace(PLAIN, qk_norm="before"),
+        replace(PLAIN, qk_norm="after", temperature=Temperature(2, 0.5)),
+        replace(PLAIN, rope=None),
+        replace(PLAIN, rope=None, qk_norm="after", temperature=Temperature(2, 0.5)),
+    ],
+)
+def test_attention_layers_are_their_definition_with_every_gradient(shape: AttentionShape) -> None:
+    """Llama 4's norm without weights goes with rotary positions only, its temperature with none only."""
+    torch.manual_seed(0)
+    layer = Attention(10, shape, NormShape(1e-3))
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    inputs = [torch.randn(2, 8, 10, requires_grad=True), *layer.parameters()]
+    mask = AttentionMask(Reach())(POSITIONS, DOCUMENTS)
+    turn = None if shape.rope is None else rotation(POSITIONS, 6, shape.rope)
+    got, want = layer(inputs[0], turn, mask, POSITIONS), written_out(layer, inputs[0])
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    grad = torch.randn(want.shape)
+    wanted = torch.autograd.grad(want, inputs, grad)
+    for gradient, expected in zip(torch.autograd.grad(got, inputs, grad), wanted, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-3)
+    assert sum(p.numel() for p in layer.parameters()) == shape.parameters(10)
+    assert layer.inits(Normal(1.0), Normal(1.0)).keys() == dict(layer.named_parameters()).keys()
+
+
+def written_out(layer: Attention, x: Tensor) -> Tensor:
+    """Attention in packed rows of `DOCUMENTS`. # (2, 8, dim) → (2, 8, dim)"""
+    shape = layer.shape
+
+    def normed(heads: Tensor) -> Tensor:
+        return heads / (heads.square().mean(-1, keepdim=True) + 1e-3).sqrt()
+
+    q, k, v = (linear(x).unflatten(-1, (-1, 6)) for linear in (layer.wq, layer.wk, layer.wv))
+    if shape.qk_norm == "before":
+        q = normed(q) * layer.get_parameter("q_norm.weight")
+        k = normed(k) * layer.get_parameter("k_norm.weight")
+    if shape.rope is not None:
+        q, k = apply_rotary(q, k, rotation(POSITIONS, 6, shape.rope))
+        if shape.qk_norm == "after":
+            q, k = normed(q), normed(k)
+    elif (tuning := shape.temperature) is not None:
+        factors = [
+            [1 + tuning.scale * math.log(1 + (at + 1) // tuning.floor) for at in row] for row in POSITIONS.tolist()
+        ]
+        q = q * torch.tensor(factors)[:, :, None, None]
+    q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+    out = softmax_attention(q, k, v, causal_mask(DOCUMENTS), shape.scale or 6**-0.5, layer.sinks)
+    return layer.wo(out.transpose(1, 2).flatten(2))
 
 
 def test_feed_forward_is_swiglu() -> None:

@@ -13,40 +13,43 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from components.config.compute import ActivationCheckpoint, Compile
 from components.config.parallelism import Parallelism
+from components.mesh.attention_kernels import plain_backward, plain_forward, tile_backward, tile_forward
 from components.mesh.batch import IGNORE, Batch
 from components.mesh.collectives import Axis
 from components.mesh.degrees import resolve_degrees
 from components.mesh.parallel_dims import ParallelDims
 from components.mesh.plan import Plan
-from components.parallel.chunks import Deal, Tile
+from components.mesh.tiled_attention import Tile
+from components.parallel.chunks import Deal
 from components.parallel.compile import compile_blocks
 from components.parallel.context import share_sequence, split_sequence
-from components.parallel.kernels import plain_backward, plain_forward, tile_backward, tile_forward
 from components.parallel.recompute import recompute
 from components.runtime.errors import MeshError
 from models.decoder.model import Decoder
 from models.decoder.plan import decoder_plan
 from models.llama3.args import FLAVORS, Llama3Args
+from tests.components.parallel.kinds import KINDS, of_kind
 from tests.ranks import run_ranks
 
 SEQ = 72  # chunks of 18 for 2 ranks, 12 for 3, 9 for 4
 NONE, FULL = ActivationCheckpoint(mode="none"), ActivationCheckpoint(mode="full")
 OP = ActivationCheckpoint(mode="selective", selective_ac_option="op")
 
-Case = tuple[Any, Any, bool, int]
-"""Method, balancer, whether attention stays within documents, key heads."""
+Case = tuple[Any, Any, bool, int, str]
+"""Method, balancer, whether attention stays within documents, key heads, kind of blocks."""
 
 METHODS = ("allgather", "alltoall", "ulysses")
 ARGS = replace(FLAVORS["debugmodel"], dim=48, n_layers=2, n_heads=12, n_kv_heads=12, ffn_hidden=20, vocab_size=37)
 
 
-def args(kv_heads: int) -> Llama3Args:
-    return replace(ARGS, n_kv_heads=kv_heads)
+def args(kv_heads: int, kind: str = "") -> Llama3Args:
+    plain = replace(ARGS, n_kv_heads=kv_heads)
+    return of_kind(plain, kind) if kind else plain
 
 
-def make(kv_heads: int, dtype: torch.dtype = torch.float32) -> Decoder:
+def make(kv_heads: int, kind: str = "", dtype: torch.dtype = torch.float32) -> Decoder:
     torch.manual_seed(0)
-    model = Decoder(args(kv_heads))
+    model = Decoder(args(kv_heads, kind))
     for parameter in model.parameters():  # norms too, so that their gradients are not all alike
         nn.init.normal_(parameter, std=0.3)
     return model.to(dtype)
@@ -84,10 +87,10 @@ def shared(
     """For each case the loss and the gradients of a model whose sequences all ranks share."""
     group = dist.distributed_c10d._get_default_group()  # dist.group.WORLD may be None by its type
     found = []
-    for method, balancer, documents, kv_heads in cases:
+    for method, balancer, documents, kv_heads, kind in cases:
         axis = Axis(group, dist.get_world_size(), dist.get_rank())
         config = Parallelism(context_parallel_rotate_method=method, context_parallel_load_balancer=balancer)
-        model, plan = make(kv_heads, dtype), decoder_plan(args(kv_heads))
+        model, plan = make(kv_heads, kind, dtype), decoder_plan(args(kv_heads, kind))
         share_sequence(model, plan, axis, config)
         recompute(model, plan, checkpointing)
         compile_blocks(model, plan, Compile(enable=compiled, backend="aot_eager"))
@@ -106,9 +109,7 @@ def compare(
     checkpointing: ActivationCheckpoint = NONE,
     compiled: bool = False,
 ) -> None:
-    alone = {
-        (documents, heads): run(make(heads, dtype), rows(documents), documents) for _, _, documents, heads in cases
-    }
+    alone = {(d, h, kind): run(make(h, kind, dtype), rows(d), d) for _, _, d, h, kind in cases}
     for got in run_ranks(ranks, shared, cases, dtype, checkpointing, compiled, timeout=120):
         for case, (loss, gradients) in zip(cases, got, strict=True):
             want_loss, want = alone[case[2:]]
@@ -120,8 +121,13 @@ def compare(
                 assert error <= bound * max(gradient.float().norm(), 1e-3 * norm), (case, name, error)
 
 
-ALL: list[Case] = [(m, b, d, h) for m in METHODS for b in ("headtail", None) for d in (True, False) for h in (12, 4)]
-FEW: list[Case] = [("allgather", "headtail", False, 4), ("alltoall", "headtail", True, 4), ("ulysses", None, True, 2)]
+WAYS = [(m, b, d) for m in METHODS for b in ("headtail", None) for d in (True, False)]
+ALL: list[Case] = [(*way, h, "") for way in WAYS for h in (12, 4)]
+FEW: list[Case] = [
+    ("allgather", "headtail", False, 4, ""),
+    ("alltoall", "headtail", True, 4, ""),
+    ("ulysses", None, True, 2, ""),
+]
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -130,29 +136,42 @@ def test_loss_and_every_gradient_are_those_of_one_rank(ranks: int) -> None:
 
 
 def test_four_ranks_and_fewer_key_heads_than_ranks() -> None:
-    compare(4, [*FEW, ("alltoall", None, False, 6), ("ulysses", "headtail", False, 6), ("ulysses", None, False, 3)])
+    more: list[Case] = [("alltoall", None, False, 6, ""), ("ulysses", "headtail", False, 6, "")]
+    compare(4, [*FEW, *more, ("ulysses", None, False, 3, "")])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_windows_chunks_sinks_and_scales(kind: str) -> None:
+    compare(2, [(*way, 4, kind) for way in WAYS])
+
+
+@pytest.mark.slow
+def test_windows_chunks_sinks_and_scales_on_four_ranks() -> None:
+    compare(4, [(m, b, b is None, 6, kind) for kind in KINDS for m in METHODS for b in ("headtail", None)])
 
 
 def test_bf16_is_as_close_as_its_digits() -> None:
-    compare(2, FEW, bound=3e-2, dtype=torch.bfloat16)
+    compare(2, [*FEW, ("alltoall", "headtail", False, 4, "sinks")], bound=3e-2, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("checkpointing", [OP, FULL], ids=["op", "full"])
 def test_recomputed(checkpointing: ActivationCheckpoint) -> None:
-    compare(2, [*FEW, ("alltoall", "headtail", False, 4)], checkpointing=checkpointing)
+    more: list[Case] = [("alltoall", "headtail", False, 4, ""), ("ulysses", "headtail", True, 4, "sinks")]
+    compare(2, [*FEW, *more], checkpointing=checkpointing)
 
 
+@pytest.mark.parametrize("kind", ["", pytest.param("sinks", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "method", ["alltoall", *(pytest.param(m, marks=pytest.mark.slow) for m in ("allgather", "ulysses"))]
 )
-def test_compiled_without_graph_breaks(method: str) -> None:
-    compare(2, [(method, "headtail", method == "ulysses", 4)], compiled=True)
+def test_compiled_without_graph_breaks(method: str, kind: str) -> None:
+    compare(2, [(method, "headtail", method == "ulysses", 4, kind)], compiled=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [OP, FULL], ids=["op", "full"])
 def test_compiled_and_recomputed(checkpointing: ActivationCheckpoint) -> None:
-    compare(2, FEW, compiled=True, checkpointing=checkpointing)
+    compare(2, [*FEW, ("alltoall", "headtail", False, 4, "sinks")], compiled=True, checkpointing=checkpointing)
 
 
 def deal(rank: int, size: int, headtail: bool) -> Deal:
@@ -197,23 +216,25 @@ def covered(tiles: tuple[Tile, ...], length: int, size: int) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("case", ["all", "causal", "mask"])
-def test_kernels_compute_what_plain_operations_do(case: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("scale", [None, 0.2])
+@pytest.mark.parametrize("case", ["all", "causal", "mask", "one mask for all rows"])
+def test_kernels_compute_what_plain_operations_do(case: str, scale: float | None, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     q, grad = (torch.randn(2, 6, 5, 8, generator=generator).to(dtype) for _ in range(2))
     k, v = (torch.randn(2, 2, 5, 8, generator=generator).to(dtype) for _ in range(2))
-    mask = torch.rand(2, 1, 5, 5, generator=generator) < 0.4 if case == "mask" else None
+    shape = (2 if case == "mask" else 1, 1, 5, 5)
+    mask = torch.rand(*shape, generator=generator) < 0.4 if "mask" in case else None
     if mask is not None:
         mask[0, 0, 2] = False  # a query without a key
     whole_k, whole_v = (x.repeat_interleave(3, dim=1) for x in (k, v))
-    out, lse = tile_forward(q, k, v, mask, case == "causal")
-    want_out, want_lse = plain_forward(q, whole_k, whole_v, mask, case == "causal")
+    out, lse = tile_forward(q, k, v, mask, case == "causal", scale)
+    want_out, want_lse = plain_forward(q, whole_k, whole_v, mask, case == "causal", scale)
     bound = 2e-2 if dtype == torch.bfloat16 else 1e-5
     torch.testing.assert_close(out, want_out, rtol=bound, atol=bound)
     torch.testing.assert_close(lse, want_lse, rtol=bound, atol=bound)
     lse = lse.clamp(min=0.0) + 1.0  # other tiles add to it
-    found = tile_backward(grad, q, out.to(dtype), lse, k, v, mask, case == "causal")
-    dq, dk, dv = plain_backward(grad, q, out.to(dtype), lse, whole_k, whole_v, mask, case == "causal")
+    found = tile_backward(grad, q, out.to(dtype), lse, k, v, mask, case == "causal", scale)
+    dq, dk, dv = plain_backward(grad, q, out.to(dtype), lse, whole_k, whole_v, mask, case == "causal", scale)
     wanted = (dq, dk.unflatten(1, (2, 3)).sum(2), dv.unflatten(1, (2, 3)).sum(2))
     for gradient, want in zip(found, wanted, strict=True):
         torch.testing.assert_close(gradient, want, rtol=2 * bound, atol=2 * bound)
@@ -221,11 +242,11 @@ def test_kernels_compute_what_plain_operations_do(case: str, dtype: torch.dtype)
 
 def test_plain_operations_are_differentiated_rightly() -> None:
     q, k, v, grad = (torch.randn(1, 2, 4, 3, dtype=torch.float64, requires_grad=True) for _ in range(4))
-    want = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    out, lse = plain_forward(q, k, v, None, causal=True)
+    want = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3)
+    out, lse = plain_forward(q, k, v, None, True, 0.3)
     torch.testing.assert_close(out, want)
     wanted = torch.autograd.grad(want, (q, k, v), grad)
-    for gradient, expected in zip(plain_backward(grad, q, out, lse, k, v, None, causal=True), wanted, strict=True):
+    for gradient, expected in zip(plain_backward(grad, q, out, lse, k, v, None, True, 0.3), wanted, strict=True):
         torch.testing.assert_close(gradient, expected)
 
 
@@ -300,17 +321,17 @@ def test_what_each_rank_holds_and_sends() -> None:
     assert of(0, degree=3, rotate_method="ulysses") == ([0, 5], *trade)
 
 
-def in_one_process(config: Parallelism, documents: bool) -> tuple[Tensor, dict[str, Tensor]]:
+def in_one_process(config: Parallelism, documents: bool, kind: str) -> tuple[Tensor, dict[str, Tensor]]:
     """As `shared`, with all ranks in this process: each tensor is then one tensor for each rank."""
     from torch.distributed._local_tensor import LocalTensor, LocalTensorMode  # no public name yet
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", rank=0, world_size=3, store=FakeStore())
-    model, batch = make(4), rows(documents)  # outside of the mode, in which each rank would draw its own numbers
+    model, batch = make(4, kind), rows(documents)  # outside of the mode, in which each rank would draw its own numbers
     whole = (rows(True).labels != IGNORE).sum()
     with LocalTensorMode(3):
         axis = ParallelDims.build(resolve_degrees(config, 3), "cpu").axis("cp")
-        share_sequence(model, decoder_plan(ARGS), axis, config)
+        share_sequence(model, decoder_plan(args(4, kind)), axis, config)
         batch = split_sequence(batch, axis, config)
         hidden = model(batch.tokens, batch.positions, batch.document_ids if documents else None)
         logits, labels = model.output(hidden).flatten(0, 1), batch.labels.flatten()
@@ -325,11 +346,21 @@ def in_one_process(config: Parallelism, documents: bool) -> tuple[Tensor, dict[s
     return summed.pop("loss"), summed
 
 
-@pytest.mark.parametrize(("method", "documents"), [("allgather", True), ("alltoall", False), ("ulysses", True)])
-def test_all_ranks_in_one_process(method: str, documents: bool) -> None:
+@pytest.mark.parametrize(
+    ("method", "documents", "kind"),
+    [
+        ("allgather", True, ""),
+        ("alltoall", False, ""),
+        ("ulysses", True, ""),
+        ("allgather", True, "reach"),
+        ("alltoall", False, "sinks"),
+        ("ulysses", False, "sinks"),
+    ],
+)
+def test_all_ranks_in_one_process(method: str, documents: bool, kind: str) -> None:
     config = Parallelism(context_parallel_degree=3, context_parallel_rotate_method=method)  # pyrefly: ignore[bad-argument-type]  # parametrized
-    loss, gradients = run_ranks(1, in_one_process, config, documents, backend=None)[0]
-    want_loss, want = run(make(4), rows(documents), documents)
+    loss, gradients = run_ranks(1, in_one_process, config, documents, kind, backend=None)[0]
+    want_loss, want = run(make(4, kind), rows(documents), documents)
     assert loss.item() == pytest.approx(want_loss.item(), rel=1e-5)
     assert gradients.keys() == want.keys()
     for name, gradient in want.items():

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,12 +13,14 @@ from components.config.compute import ActivationCheckpoint, Compile
 from components.config.job_config import JobConfig
 from components.config.parallelism import Parallelism
 from components.config.training import Loss, Training
+from components.layers.attention import Attention
 from components.layers.initialize import initialize
 from components.mesh.batch import IGNORE, Batch
 from components.mesh.degrees import Degrees
 from components.mesh.parallel_dims import ParallelDims
 from components.mesh.plan import Columns
 from components.optim.clip import gradient_norm
+from components.parallel.context import split_sequence
 from components.parallel.tensor import tensor
 from components.runtime.errors import MeshError
 from models.decoder.model import Decoder
@@ -25,6 +28,7 @@ from models.decoder.plan import decoder_plan
 from models.llama3.args import Llama3Args
 from models.llama3.spec import load
 from models.train_spec import build_default_loss
+from tests.components.parallel.kinds import KindArgs, drawn, of_kind
 from tests.ranks import run_ranks
 from tests.whole import whole, whole_gradients
 from trainer.build import build_stages
@@ -83,7 +87,7 @@ def step(args: Llama3Args, degrees: Degrees, job: JobConfig, dtype: torch.dtype)
     loss, batch = build_default_loss(job), rows(args.vocab_size)
     valid, total = (batch.labels != IGNORE).sum(), 0.0
     for row in range(dims.data_rank, ROWS, dims.data_degree):
-        piece = batch.slice(row, row + 1)
+        piece = split_sequence(batch.slice(row, row + 1), dims.axis("cp"), job.parallelism)
         hidden = model(piece.tokens, piece.positions, piece.document_ids)
         found = loss(hidden, model.output, piece)
         (found.sums.sum() / valid).backward()
@@ -98,6 +102,7 @@ OFFLOAD = JobConfig(training=Training(enable_cpu_offload=True))
 COMPILED = JobConfig(compile=Compile(enable=True, backend="aot_eager"))
 NONE, FULL = ActivationCheckpoint(mode="none"), ActivationCheckpoint(mode="full")
 INDUCTOR = Compile(enable=True, backend="inductor")
+ULYSSES = JobConfig(parallelism=Parallelism(context_parallel_degree=2, context_parallel_rotate_method="ulysses"))
 FSDP_TP = Degrees(dp_shard=2, tp=2)
 slow = pytest.mark.slow
 
@@ -130,6 +135,38 @@ def test_every_gradient_is_the_plain_models(args: Llama3Args, degrees: Degrees, 
     results: list[Result] = run_ranks(degrees.world, step, args, degrees, job, torch.float32, timeout=300)
     assert sum(r.loss for r in results) / degrees.tp == pytest.approx(want.loss, rel=1e-6)
     for found in results:
+        assert found.norm == pytest.approx(want.norm, rel=1e-5)
+        assert found.gradients.keys() == want.gradients.keys()
+        for name, gradient in want.gradients.items():
+            error = (found.gradients[name] - gradient).norm()
+            assert error <= 1e-5 * max(gradient.norm(), 1e-3 * want.norm), name
+
+
+def step_of_kind(args: KindArgs, degrees: Degrees, job: JobConfig) -> Result:
+    """As `step`, from values none of which is 0."""
+    with patch.object(Attention, "inits", drawn):
+        return step(args, degrees, job, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("args", "degrees", "job"),
+    [
+        pytest.param(of_kind(ARGS, "sinks"), Degrees(tp=2), JobConfig(), id="sinks, tp 2", marks=slow),
+        pytest.param(of_kind(ARGS, "sinks"), FSDP_TP, BY_OP, id="sinks, fsdp 2, tp 2, recompute by op"),
+        pytest.param(
+            of_kind(THREE, "sinks"), Degrees(dp_replicate=2, tp=3), JobConfig(), id="sinks, ddp 2, tp 3", marks=slow
+        ),
+        pytest.param(of_kind(ARGS, "sinks"), Degrees(cp=2, tp=2), ULYSSES, id="sinks, ulysses 2, tp 2"),
+        pytest.param(of_kind(ARGS, "sinks"), FSDP_TP, COMPILED, id="sinks, compiled", marks=slow),
+        pytest.param(of_kind(ARGS, "scale"), Degrees(tp=2), JobConfig(), id="biases, tp 2", marks=slow),
+        pytest.param(of_kind(ONE_KV, "scale"), Degrees(tp=4), JobConfig(), id="biases, tp 4, one kv head"),
+        pytest.param(of_kind(ARGS, "reach"), Degrees(tp=2), JobConfig(), id="windows and chunks, tp 2", marks=slow),
+    ],
+)
+def test_every_gradient_of_other_kinds_of_attention(args: KindArgs, degrees: Degrees, job: JobConfig) -> None:
+    with patch.object(Attention, "inits", drawn):
+        want = plain(args)
+    for found in run_ranks(degrees.world, step_of_kind, args, degrees, job, timeout=300):
         assert found.norm == pytest.approx(want.norm, rel=1e-5)
         assert found.gradients.keys() == want.gradients.keys()
         for name, gradient in want.gradients.items():
