@@ -5,7 +5,7 @@ over 2 × 3 ranks it gives the last one to a rank that has none (torch 2.13), an
 of `components.mesh.counter`, which the initialization goes by as well.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from io import BytesIO
 from typing import Any
@@ -32,6 +32,8 @@ class Box:
     """Its first index in each dimension; an empty piece begins at the end, where no other does."""
     shape: tuple[int, ...]
     """Shape of the whole tensor."""
+    source: Callable[[], Tensor] | None = None
+    """Makes the data when it is their turn to be written; `data` is then their outline on the meta device."""
 
 
 def box_of(name: str, tensor: Tensor) -> Box:
@@ -95,8 +97,14 @@ class SaveBoxes(DefaultSavePlanner):
         return self.plan
 
     def lookup_object(self, index: MetadataIndex) -> Any:
-        """The box's data."""
-        return self._boxes[index.fqn].data
+        """The box's data. Raises CheckpointError if its source makes something else than it has announced."""
+        box = self._boxes[index.fqn]
+        if box.source is None:
+            return box.data
+        made = box.source()
+        if (made.shape, made.dtype) != (box.data.shape, box.data.dtype):
+            raise CheckpointError(f"{index.fqn}: {made.dtype} {[*made.shape]} instead of {box.data.dtype}")
+        return made
 
 
 class LoadBoxes(DefaultLoadPlanner):

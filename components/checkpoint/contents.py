@@ -36,6 +36,8 @@ def require_savable(tensors: Mapping[str, Tensor | Box], state: Mapping[str, Any
 
 
 def _has_memory(value: Tensor | Box) -> bool:
+    if isinstance(value, Box) and value.source is not None:
+        return True
     data = value.data if isinstance(value, Box) else value
     return isinstance(data, Tensor) and not data.is_meta
 

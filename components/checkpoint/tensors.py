@@ -134,7 +134,9 @@ def write_tensors(folder: Folder, boxes: Mapping[str, Box], ranks: Ranks, what: 
     Each rank writes what it holds; what several hold is written by one of them. Raises CheckpointError,
     starting with `what`.
     """
-    writer, files = FileSystemWriter(folder.path, sync_files=False, overwrite=False), _Files(folder)
+    alone = any(box.source is not None for box in boxes.values())  # the writer holds what it puts into one file
+    writer = FileSystemWriter(folder.path, single_file_per_rank=not alone, sync_files=False, overwrite=False)
+    files = _Files(folder)
     writer.fs = files  # pyrefly: ignore[bad-assignment]  # as torch's own fsspec writer does; it syncs when it closes
     planner = SaveBoxes(boxes)
 
