@@ -153,15 +153,17 @@ class Decoder(nn.Module):
     def inits(self) -> dict[str, Init]:
         """How each parameter is initialized, by name.
 
-        Embedding N(0, 1), matrices N(0, 0.02), norms as if they had no weight; the matrices that write to the residual
-        stream are smaller the deeper they stand (`depth_init`), so that its variance grows slowly; the head, truncated
-        at three deviations, has the deviation that makes logits of about variance 1. A tied matrix starts as the head:
-        as the embedding it would give logits of deviation √dim, while the norms make a small embedding as good as a
-        large one. Experts start like the feed-forward matrices that they stand for, routers like any other matrix.
+        Embedding N(0, 1) once scaled, matrices N(0, 0.02), norms as if they had no weight; the matrices that write to
+        the residual stream are smaller the deeper they stand (`depth_init`), so that its variance grows slowly; the
+        head, truncated at three deviations, has the deviation that makes logits of about variance 1. A tied matrix
+        starts as the head: as the embedding it would give logits of deviation √dim, while the norms make a small
+        embedding as good as a large one. Experts start like the feed-forward matrices that they stand for, routers like
+        any other matrix.
         """
         args = self.args
         head = Normal(args.dim**-0.5, cutoff=3.0)
-        table: dict[str, Init] = {"tok_embeddings.weight": head if args.tied_embeddings else Normal(1.0)}
+        embedding = head if args.tied_embeddings else Normal(1.0 / args.embedding_scale)
+        table: dict[str, Init] = {"tok_embeddings.weight": embedding}
         matrix, ahead = Normal(0.02), {} if isinstance(self.mtp, nn.Identity) else dict(self.mtp.items())
         blocks = {f"layers.{name}": (block, int(name) + 1) for name, block in self.layers.items()}
         blocks |= {f"mtp.{k}.block": (module.block, args.n_layers + int(k) + 1) for k, module in ahead.items()}
