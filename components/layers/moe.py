@@ -76,8 +76,11 @@ class MoE(nn.Module):
                 routes = routes._replace(scores=self.balance(routes.scores, counts, shares))
             seen = counts[:, :-1].sum(0) if self.shape.bias_rate else None
         weights = weigh(routes, self.shape)
+        # First, so that backward comes to the experts before it needs anything that is recomputed: by then FSDP has
+        # gathered them for backward, and its hooks stay out of the recomputation, which would miss what they did.
+        shared = None if self.shared is None else self.shared(x)
         out = self.mix(x.flatten(0, 1), routes.chosen.flatten(0, 1), weights.flatten(0, 1)).view(x.shape)
-        return out if self.shared is None else out + self.shared(x), seen
+        return out if shared is None else out + shared, seen
 
     def route(self, x: Tensor, positions: Tensor) -> Routes:
         """Choose k experts for each token; of equal ones the first."""

@@ -13,14 +13,20 @@ from torch.distributed.tensor import DTensor
 
 from components.config.compute import ActivationCheckpoint, Compile
 from components.config.job_config import JobConfig
+from components.layers.initialize import Normal
 from components.layers.moe import MoE
 from components.layers.shapes import ExpertsShape
 from components.mesh.batch import IGNORE, Batch
 from components.mesh.collectives import all_reduce
+from components.mesh.counter import derive_key, fill_
 from components.mesh.degrees import Degrees
 from components.mesh.parallel_dims import ParallelDims
 from components.parallel.context import split_sequence
 from components.parallel.data import set_gradient_sync
+from components.parallel.pipeline import _costs
+from components.parallel.pipeline_cut import Modules
+from models.decoder.model import Decoder
+from models.decoder.plan import decoder_plan
 from models.qwen3.args import Qwen3Args
 from models.qwen3.spec import load
 from tests.ranks import RankError, run_ranks
@@ -28,6 +34,14 @@ from trainer.build import build_stages
 
 EXPERTS = ExpertsShape(count=4, per_token=2, hidden=12, balance_coefficient=0.05, bias_rate=0.01)
 ARGS = Qwen3Args(dim=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=6, vocab_size=37, experts=EXPERTS)
+VARIANTS = {
+    "deepseek": replace(
+        EXPERTS, count=8, per_token=3, score="sigmoid", groups=4, top_groups=2, scale=2.5, shared_hidden=10
+    ),
+    "gpt-oss": replace(EXPERTS, router_bias=True, bias=True, activation="clamped_swiglu"),
+    "llama4": replace(EXPERTS, per_token=1, score="sigmoid", normalize=False, scale_input=True, shared_hidden=10),
+    "two weighted inputs": replace(EXPERTS, score="sigmoid", scale_input=True, bias=True),
+}
 ROWS, SEQ = 8, 12
 
 
@@ -59,7 +73,10 @@ def whole(value: Tensor) -> Tensor:
 
 
 def steer(model: nn.Module, case: Case) -> None:
-    """Make routing uneven: scale gates, and keep tokens away from experts."""
+    """Make routing uneven: scale gates, and keep tokens away from experts. And give biases values that show."""
+    for name, parameter in model.named_parameters():
+        if ".moe." in name and name.rpartition(".")[2] in ("b1", "b2", "b3", "bias"):
+            fill_(parameter, derive_key(0, "steer", name), Normal(0.5).draw)
     for module in model.modules():
         if isinstance(module, MoE):
             gate = module.router.gate.weight
@@ -164,6 +181,30 @@ def test_layouts_agree(name: str) -> None:
     check(Case((LAYOUTS | MORE)[name], microbatch=1, job=NOTHING))
 
 
+VARIED = [
+    ("deepseek", "tp 2, ep 2"),
+    ("gpt-oss", "tp 2, etp 2"),
+    ("llama4", "tp 2, ep 2"),
+]
+MORE_VARIED = [
+    *((name, "fsdp 2 x tp 2, ep 2, etp 2") for name in VARIANTS),
+    *((name, "tp 2") for name in VARIANTS),
+    ("deepseek", "cp 2 x tp 2, ep 4"),
+    ("deepseek", "fsdp 2"),
+    ("gpt-oss", "hsdp 2 x ep 2"),
+]
+
+
+@pytest.mark.parametrize(("variant", "name"), [*VARIED, *(pytest.param(*case, marks=slow) for case in MORE_VARIED)])
+def test_layouts_agree_on_every_kind_of_experts(variant: str, name: str) -> None:
+    """Groups and sigmoids, biases and shared experts, weighted inputs: parameters that are cut in ways of their own.
+    Recomputed by op, so that FSDP's hooks must do the same each time."""
+    args = replace(ARGS, experts=VARIANTS[variant])
+    found = check(Case((LAYOUTS | MORE)[name], args, microbatch=4, job=OP, steps=2))
+    unmoved = [name for name, value in found.items() if name.startswith("0.") and not value.any()]
+    assert not unmoved
+
+
 UNEVEN = Case(Degrees(dp_shard=2, ep=2), microbatch=2, gate=40.0, closed=(0, 1), steps=2)
 """Sharp routing; the first rank's experts get no token; the second step has the biases and weights of the first."""
 
@@ -184,6 +225,15 @@ def test_uneven_and_empty_experts(job: JobConfig) -> None:
         torch.testing.assert_close(bias[:2], torch.full((2,), 2 * 0.01 - 10.0))  # moved once a step, recomputed or not
 
 
+@slow
+@pytest.mark.parametrize(
+    ("variant", "job"), [("deepseek", COMPILED), ("gpt-oss", COMPILED), ("two weighted inputs", FULL)]
+)
+def test_every_kind_of_experts_recomputed_and_compiled(variant: str, job: JobConfig) -> None:
+    args = replace(ARGS, experts=VARIANTS[variant])
+    check(replace(UNEVEN, args=args, degrees=Degrees(tp=2, ep=2), job=job, gate=1.0))
+
+
 @pytest.mark.parametrize("degrees", [Degrees(tp=2, etp=2), Degrees(tp=2, ep=2)], ids=["etp 2", "ep 2"])
 def test_uneven_experts_under_tensor_parallelism(degrees: Degrees) -> None:
     check(replace(UNEVEN, degrees=degrees, closed=(1, 3), job=FULL))
@@ -193,9 +243,10 @@ def test_uneven_experts_under_tensor_parallelism(degrees: Degrees) -> None:
     ("degrees", "count"), [(Degrees(dp_shard=4, ep=2), 6), pytest.param(Degrees(dp_shard=6, ep=2), 4, marks=slow)]
 )
 def test_odd_sizes(degrees: Degrees, count: int) -> None:
-    """Three experts on a rank, shared by two along another dimension; two, shared by three, that nothing divides. And
-    experts one by one, for want of a kernel that takes seven columns."""
-    odd = replace(ARGS, experts=replace(EXPERTS, count=count, hidden=7))
+    """Three experts on a rank, shared by two along another dimension; two, shared by three, that nothing divides; and
+    biases with one dimension less to choose from. And experts one by one, for want of a kernel that takes seven
+    columns."""
+    odd = replace(ARGS, experts=replace(EXPERTS, count=count, hidden=7, bias=True))
     check(Case(degrees, args=odd, microbatch=2, job=NOTHING, steps=2))
 
 
@@ -204,10 +255,24 @@ def test_what_cannot_be_dealt_is_refused() -> None:
         run_ranks(3, step, Case(Degrees(dp_shard=3, ep=3)))
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_pipelines_are_cut_by_what_a_token_meets(variant: str) -> None:
+    """Of experts those that it goes to, the shared one whole, of biases none."""
+    args = replace(ARGS, experts=VARIANTS[variant])
+    with torch.device("meta"):
+        model = Decoder(args)
+    plan = decoder_plan(args)
+    costs = _costs(model, plan, Modules.expand(plan.order, args.n_layers))
+    block = args.block(0)
+    matrices = block.attention.matrices(args.dim) + block.feed_forward.matrices(args.dim)
+    assert costs["layers.0"] == pytest.approx((2 * matrices, block.parameters(args.dim)))
+
+
 def held(degrees: Degrees) -> dict[str, tuple[int, ...]]:
-    """The shape of this rank's piece of each expert matrix in the first layer."""
+    """The shape of this rank's piece of each parameter of experts in the first layer."""
     dims = ParallelDims.build(degrees, "cpu")
-    model = build_stages(load(), ARGS, NOTHING, dims, torch.device("cpu"), torch.float32, seed=3)[0].module
+    args = replace(ARGS, experts=replace(EXPERTS, bias=True))
+    model = build_stages(load(), args, NOTHING, dims, torch.device("cpu"), torch.float32, seed=3)[0].module
     named = model.get_submodule("layers.0.moe.experts").named_parameters()
     return {name: tuple(p.to_local().shape) for name, p in named if isinstance(p, DTensor)}
 
@@ -228,15 +293,23 @@ def test_a_block_asks_for_the_next_ones_parameters_and_experts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("degrees", "w1", "w2"),
+    ("degrees", "experts", "hidden", "dim"),
     [
-        (Degrees(dp_shard=2), (2, 12, 16), (2, 16, 12)),
-        (Degrees(tp=2), (2, 12, 16), (2, 16, 12)),
-        (Degrees(dp_shard=4, ep=4), (1, 12, 16), (1, 16, 12)),
-        (Degrees(dp_shard=2, tp=2, ep=2), (1, 12, 16), (1, 16, 12)),
-        (Degrees(dp_shard=2, tp=2, ep=2, etp=2), (2, 6, 16), (2, 16, 6)),
+        (Degrees(dp_shard=2), 2, 12, 16),
+        (Degrees(tp=2), 2, 12, 16),
+        (Degrees(dp_shard=4, ep=4), 1, 12, 16),
+        (Degrees(dp_shard=2, tp=2, ep=2), 1, 12, 16),
+        (Degrees(dp_shard=2, tp=2, ep=2, etp=2), 2, 6, 8),
     ],
 )
-def test_each_rank_holds_its_share(degrees: Degrees, w1: tuple[int, ...], w2: tuple[int, ...]) -> None:
+def test_each_rank_holds_its_share(degrees: Degrees, experts: int, hidden: int, dim: int) -> None:
+    """`dim` is that of the bias: matrices keep theirs."""
+    w1, w2, b1, b2 = (experts, hidden, 16), (experts, 16, hidden), (experts, hidden), (experts, dim)
     for found in run_ranks(degrees.world, held, degrees):
-        assert found == {"w1": w1, "w2": w2, "w3": w1}
+        assert found == {"w1": w1, "w2": w2, "w3": w1, "b1": b1, "b2": b2, "b3": b1}
+
+
+def test_a_bias_that_cannot_be_dealt_is_refused() -> None:
+    args = replace(ARGS, dim=15, experts=replace(EXPERTS, bias=True))
+    with pytest.raises(RankError, match=r"experts.b2: 15 .* cannot be dealt evenly to the 2 ranks of etp"):
+        run_ranks(2, step, Case(Degrees(tp=2, etp=2), args))
