@@ -76,7 +76,7 @@ FLAVORS: Mapping[str, Gemma3Args] = MappingProxyType(
             head_dim=48,
             ffn_hidden=768,
             vocab_size=2048,
-            sliding_window=96,
+            sliding_window=48,
             query_pre_attn_scalar=64,
         ),
         "270M": Gemma3Args(dim=640, n_layers=18, n_heads=4, n_kv_heads=1, ffn_hidden=2048, **_SHORT),

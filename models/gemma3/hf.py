@@ -9,7 +9,7 @@ that every version reads it; what is read may be any of the three.
 from collections.abc import Mapping
 from typing import Any
 
-from components.checkpoint.hf_config import Adapter
+from components.checkpoint.hf_config import Adapter, Nested
 from components.checkpoint.names import Rule, TheirsAlone
 from models.decoder.hf import BLOCK, DEFAULTS, FEED_FORWARD, QK_NORMS, decoder, decoder_config, tied_head
 from models.gemma3.args import Gemma3Args
@@ -90,4 +90,4 @@ def defaults(args: Gemma3Args) -> dict[str, Any]:
     return {**{key: value for key, value in DEFAULTS.items() if key != "hidden_act"}, **said, **dict.fromkeys(absent)}
 
 
-ADAPTER = Adapter(rules, to_config, defaults, extras, normal)
+ADAPTER = Adapter(rules, to_config, defaults, extras, normal, Nested(("gemma3",)))

@@ -1,6 +1,7 @@
 """The shapes of the Mistral family. Torch-free, so that `check` and the dry run's arithmetic start at once.
 
-Those published as text models: 7B, Nemo, Small 3. Only the first 7B has a window; later ones see all of their document.
+7B, Nemo, and Small 3, which from 3.1 on stands in files beside a vision tower, which is left out. Only the first 7B has a
+window; later ones see all of their document.
 """
 
 from collections.abc import Mapping
@@ -37,11 +38,12 @@ _12B = MistralArgs(dim=5120, n_layers=40, head_dim=128, vocab_size=131072, max_s
 FLAVORS: Mapping[str, MistralArgs] = MappingProxyType(
     {
         "debugmodel": MistralArgs(
-            dim=256, n_layers=6, n_heads=8, n_kv_heads=2, ffn_hidden=768, vocab_size=2048, sliding_window=96
+            dim=256, n_layers=6, n_heads=8, n_kv_heads=2, ffn_hidden=768, vocab_size=2048, sliding_window=48
         ),
         "7B-v0.1": replace(_7B, vocab_size=32000, rope_theta=1e4, sliding_window=4096),
         "7B-v0.3": _7B,
         "Nemo": _12B,
         "Small": replace(_12B, ffn_hidden=32768, rope_theta=1e8, max_seq_len=32768),
+        "Small-3.1": replace(_12B, ffn_hidden=32768, rope_theta=1e9),
     }
 )

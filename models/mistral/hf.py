@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from components.checkpoint.hf_config import Adapter
+from components.checkpoint.hf_config import Adapter, Nested
 from components.checkpoint.names import Rule, TheirsAlone
 from models.decoder.hf import BLOCK, DEFAULTS, FEED_FORWARD, decoder, decoder_config, tied_head
 from models.mistral.args import MistralArgs
@@ -43,4 +43,4 @@ def defaults(args: MistralArgs) -> dict[str, Any]:
     return {**DEFAULTS, **sizes, "sliding_window": None, "layer_types": None}
 
 
-ADAPTER = Adapter(rules, to_config, defaults, extras, normal)
+ADAPTER = Adapter(rules, to_config, defaults, extras, normal, Nested(("mistral3",)))

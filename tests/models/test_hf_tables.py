@@ -9,7 +9,7 @@ import torch
 from components.checkpoint.state import model_tensors
 from models.train_spec import families
 
-FAMILIES = ("llama3", "qwen3")
+FAMILIES = ("gemma3", "llama3", "mistral", "qwen3")
 FLAVORS = [(name, flavor) for name in FAMILIES for flavor in families.lookup(name).flavors]
 
 
@@ -30,6 +30,6 @@ def test_a_flavor_is_covered(family: str, flavor: str) -> None:
 
 
 def test_tables_need_no_torch() -> None:
-    code = "import sys, models.llama3.hf, models.qwen3.hf; print('torch' in sys.modules)"
+    code = "import sys, models.gemma3.hf, models.llama3.hf, models.mistral.hf, models.qwen3.hf; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
