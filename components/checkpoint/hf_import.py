@@ -191,10 +191,8 @@ def _links_of(table: Table, boxes: Mapping[str, Box]) -> list[Link]:
 
 def _check_copies(folder: Folder, table: Table, places: Mapping[str, Source], mine: list[Link]) -> None:
     """Raise CheckpointError if what must equal another tensor does not, in what this rank holds of that one."""
-    copies = {extra.same_as: name for name in places if (extra := table.extra(name)) is not None and extra.same_as}
-    for link in mine:
-        if (copy := copies.get(link.theirs)) is None:
-            continue
+    copies = [(extra.same_as, name) for name in places if (extra := table.extra(name)) is not None and extra.same_as]
+    for link, copy in ((link, copy) for link in mine for same, copy in copies if same == link.theirs):
         first, second = places[link.theirs], places[copy]
         with OpenFiles(folder) as files:
             same = (first.shape, first.dtype) == (second.shape, second.dtype) and all(

@@ -50,6 +50,8 @@ class Rename(_OfOne):
     theirs: str
     transposed: bool = False
     """Theirs has the last two dimensions the other way round."""
+    buffer: bool = False
+    """It is no parameter: counts leave it out, and it is exported in fp32 whatever the type of the others."""
 
     def link(self, ours: list[tuple[str, Shape]], layer: str, into: Links) -> None:
         """See Rule."""
@@ -170,12 +172,14 @@ class OursAlone(_OfOne):
 
 @dataclass(frozen=True)
 class TheirsAlone:
-    """A tensor that their files may hold and we have no place for. Never exported."""
+    """A tensor that their files may hold and we have no place for."""
 
     theirs: str
-    """Its name; `{layer}` stands for a number."""
+    """Its name; `{layer}` stands for a number. A name that ends in a dot stands for all that begin so."""
     same_as: str | None = None
     """Their tensor that it must equal, element by element; None: it is not looked at."""
+    written: bool = False
+    """It is exported too, as a copy."""
 
 
 @dataclass(frozen=True)
@@ -192,6 +196,8 @@ class Table:
     """Our tensors that they have no place for, each with what it is."""
     extras: tuple[TheirsAlone, ...] = ()
     """What their files may hold besides."""
+    buffers: frozenset[str] = frozenset()
+    """Those of ours that are no parameters."""
 
     def extra(self, name: str) -> TheirsAlone | None:
         """What allows a tensor of theirs that is not in `theirs`; None: nothing does."""
@@ -203,7 +209,8 @@ def _named(pattern: str, layer: str) -> str:
 
 
 def _pattern(name: str) -> re.Pattern[str]:
-    return re.compile(re.escape(name).replace(re.escape("{layer}"), r"(?P<layer>0|[1-9][0-9]*)"))
+    rest = ".+" if name.endswith(".") else ""
+    return re.compile(re.escape(name).replace(re.escape("{layer}"), r"(?P<layer>0|[1-9][0-9]*)") + rest)
 
 
 def apply_rules(rules: Iterable[Rule], extras: Iterable[TheirsAlone], shapes: Shapes) -> Table:
@@ -212,7 +219,7 @@ def apply_rules(rules: Iterable[Rule], extras: Iterable[TheirsAlone], shapes: Sh
     Raises CheckpointError for a tensor of ours that no rule or more than one speaks of, and for a tensor of theirs that
     is not filled exactly: a family's rules are then wrong, or the model is not of this family.
     """
-    found, alone, rules_of = list[Links](), dict[str, str](), dict[str, int]()
+    found, alone, rules_of, buffers = list[Links](), dict[str, str](), dict[str, int](), set[str]()
     for rule, layer, names in _bindings(tuple(rules), shapes):
         if missing := [name for name in names if name not in shapes]:
             raise CheckpointError(f"{names[0]} has no table entry without {', '.join(missing)}, which is not there")
@@ -220,6 +227,8 @@ def apply_rules(rules: Iterable[Rule], extras: Iterable[TheirsAlone], shapes: Sh
             rules_of[name] = rules_of.get(name, 0) + 1
         if isinstance(rule, OursAlone):
             alone[names[0]] = rule.why
+        if isinstance(rule, Rename) and rule.buffer:
+            buffers.add(names[0])
         found.append(Links())
         rule.link([(name, shapes[name]) for name in names], layer, found[-1])
     problems = [f"{name} is in {rules_of.get(name, 0)} rules" for name in shapes if rules_of.get(name, 0) != 1]
@@ -229,7 +238,7 @@ def apply_rules(rules: Iterable[Rule], extras: Iterable[TheirsAlone], shapes: Sh
     sides = (_unfilled(links, ours, lambda link: link.ours), _unfilled(links, theirs, lambda link: link.theirs))
     if problems := problems or [*sides[0], *sides[1]]:
         raise CheckpointError(f"the family's table of names does not fit: {'; '.join(sorted(problems))}")
-    return Table(tuple(links), ours, theirs, alone, tuple(extras))
+    return Table(tuple(links), ours, theirs, alone, tuple(extras), frozenset(buffers))
 
 
 def _bindings(rules: tuple[Rule, ...], shapes: Shapes) -> Iterator[tuple[Rule, str, list[str]]]:

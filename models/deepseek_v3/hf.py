@@ -63,7 +63,7 @@ def _block(args: DeepseekV3Args, ours: str, theirs: str) -> Iterator[Rule]:
         yield StackExperts(f"{ours}moe.experts.{a}", f"{theirs}mlp.experts.{{expert}}.{b}.weight")
     bias = f"{ours}moe.expert_bias"
     if args.experts.score == "sigmoid":
-        yield Rename(bias, f"{theirs}mlp.gate.e_score_correction_bias")
+        yield Rename(bias, f"{theirs}mlp.gate.e_score_correction_bias", buffer=True)
     else:
         yield OursAlone(bias, "the selection bias of experts")
 
@@ -78,11 +78,12 @@ def extras(args: DeepseekV3Args) -> tuple[TheirsAlone, ...]:
     """What published files hold besides."""
     copies = {"embed_tokens.weight": EMBEDDING, "shared_head.head.weight": EMBEDDING if args.tied_embeddings else HEAD}
     again = (
-        TheirsAlone(f"model.layers.{args.n_layers + k}.{name}", same_as=same)
+        TheirsAlone(f"model.layers.{args.n_layers + k}.{name}", same_as=same, written=True)
         for k in range(args.mtp_layers)
         for name, same in copies.items()
     )
-    return (*tied_head(args.tied_embeddings), *again)
+    beyond = () if args.mtp_layers else (TheirsAlone(f"model.layers.{args.n_layers}."),)  # the published files' one
+    return (*tied_head(args.tied_embeddings), *again, *beyond)
 
 
 def to_config(args: DeepseekV3Args) -> dict[str, Any]:
@@ -149,7 +150,7 @@ def defaults(args: DeepseekV3Args) -> dict[str, Any]:
     }
     same = {
         "kv_lora_rank": 512,
-        "q_lora_rank": 1536,
+        "q_lora_rank": 0,  # see `normal`
         "qk_nope_head_dim": 128,
         "qk_rope_head_dim": 64,
         "v_head_dim": 128,

@@ -11,6 +11,7 @@ from typing import Any
 
 from components.layers.shapes import ExpertsShape, LinearScaling, Llama3Scaling, Temperature, YarnScaling
 from models.decoder.args import DecoderArgs
+from models.deepseek_v3.args import DeepseekV3Args
 from models.gemma3.args import Gemma3Args
 from models.gpt_oss.args import GptOssArgs
 from models.gpt_oss.args import experts as gpt_oss_experts
@@ -153,15 +154,87 @@ def llama4(rng: random.Random) -> DecoderArgs:
         temperature=rng.choice([None, Temperature(3, 0.5), Temperature(8), Temperature(64)]),
         rope_scaling=rng.choice([None, narrow, Llama3Scaling(8.0, original_max_position=16)]),
         tied_embeddings=rng.random() < 0.3,
-        **{**small(rng), "n_layers": 3},
+        **small(rng) | {"n_layers": 3},
     )
 
 
+def deepseek_v3(rng: random.Random) -> DecoderArgs:
+    """V3 and, with a softmax, V2."""
+    third, n_heads = rng.random() < 0.6, rng.choice([2, 3, 4])
+    yarn = YarnScaling(rng.choice([4.0, 40.0]), 16, beta_fast=rng.choice([1.0, 32.0]))
+    groups, hidden = rng.choice([(1, 1), (4, 2), (2, 1)]), rng.choice([9, 12])
+    normalize: Any = {"normalize": rng.random() < 0.7} if third else {"normalize": False, "group_score": "max"}
+    experts = ExpertsShape(
+        8,
+        rng.choice([1, 2, 4]),
+        hidden,
+        score="sigmoid" if third else "softmax",
+        selection_bias=third,
+        groups=groups[0],
+        top_groups=groups[1],
+        scale=rng.choice([1.0, 2.5]),
+        shared_hidden=hidden * rng.choice([1, 2]),
+        **normalize,
+    )
+    return DeepseekV3Args(
+        dim=n_heads * rng.choice([8, 9]),
+        n_layers=3,
+        n_heads=n_heads,
+        ffn_hidden=37,
+        vocab_size=61,
+        dense_layers=rng.choice([0, 1, 2]),
+        q_rank=rng.choice([0, 11]),
+        kv_rank=rng.choice([7, 10] if third else [8, 10]),  # transformers' V2 turns even widths alone
+        nope_dim=rng.choice([3, 8] if third else [4, 8]),
+        rope_dim=rng.choice([2, 6]),
+        v_dim=rng.choice([5, 8, 14]),
+        rope_scaling=rng.choice([None, yarn, replace(yarn, mscale=0.7, mscale_all_dim=0.7 if third else 1.0)]),
+        max_seq_len=256,
+        experts=experts,
+    )
+
+
+GPT_OSS = GptOssArgs(
+    dim=24,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=1,
+    head_dim=10,
+    vocab_size=61,
+    experts=gpt_oss_experts(3, 1, 12),
+    window=5,
+    rope_scaling=YarnScaling(32.0, 16, truncate=False),
+)
+LLAMA4 = Llama4Args(
+    dim=24,
+    n_layers=4,
+    n_heads=4,
+    n_kv_heads=4,
+    head_dim=10,
+    ffn_hidden=37,
+    vocab_size=61,
+    experts=llama4_experts(3, 12),
+    experts_every=2,
+    chunk=7,
+    temperature=Temperature(6, 0.5),
+    rope_scaling=Llama3Scaling(16.0, 1.0, 1.0, 16),
+    max_seq_len=256,
+)
+
+
 FAMILIES: dict[str, Tried] = {
+    "deepseek_v3": Tried(deepseek_v3),
     "gemma3": Tried(gemma3, {"window within a document": GEMMA3, "of half of it": replace(GEMMA3, sliding_window=17)}),
     "llama3": Tried(llama3),
     "mistral": Tried(mistral, {"window within a document": MISTRAL, "beyond": replace(MISTRAL, sliding_window=64)}),
     "qwen3": Tried(qwen3),
-    "gpt_oss": Tried(gpt_oss, attention="eager"),
-    "llama4": Tried(llama4),
+    "gpt_oss": Tried(
+        gpt_oss,
+        {
+            "one expert, one key-value head": GPT_OSS,
+            "all heads, a window beyond": replace(GPT_OSS, n_kv_heads=4, window=64),
+        },
+        attention="eager",  # transformers has no other on a CPU that knows sinks
+    ),
+    "llama4": Tried(llama4, {"chunks within a document": LLAMA4, "beyond": replace(LLAMA4, n_kv_heads=1, chunk=64)}),
 }
