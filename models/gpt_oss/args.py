@@ -5,10 +5,10 @@ Flavors are called as their publisher and TorchTitan call them: 20b and 120b.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from components.layers.shapes import ExpertsShape, Reach, YarnScaling
+from components.layers.shapes import AttentionShape, ExpertsShape, Reach, Rope, YarnScaling
 from models.decoder.args import BlockShape, DecoderArgs
 
 _STRETCHED = YarnScaling(factor=32.0, original_max_position=4096, truncate=False)
@@ -33,10 +33,10 @@ class GptOssArgs(DecoderArgs):
 
     def block(self, layer: int) -> BlockShape:
         """Windows and whole rows take turns."""
-        plain = super().block(layer)
+        rope = Rope(self.rope_theta, self.rope_scaling)
         reach = Reach(window=self.window) if layer % 2 == 0 else Reach()
-        attention = replace(plain.attention, reach=reach, bias=True, out_bias=True, sinks=True)
-        return replace(plain, attention=attention)
+        heads = (self.n_heads, self.n_kv_heads, self.head_width)
+        return BlockShape(AttentionShape(*heads, rope, reach, bias=True, out_bias=True, sinks=True), self.experts)
 
 
 def experts(count: int, per_token: int = 4, hidden: int = 2880) -> ExpertsShape:

@@ -4,6 +4,7 @@ An expert's first two matrices are one there, whose columns take turns, and all 
 files hold these matrices in MXFP4, as blocks and scales; what is exported is not quantized.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from components.checkpoint.hf_config import Adapter
@@ -73,7 +74,6 @@ def defaults(args: GptOssArgs) -> dict[str, Any]:
         "num_experts_per_tok",
         "rms_norm_eps",
         "rope_theta",
-        "rope_scaling",
         "attention_bias",
         "sliding_window",
         "swiglu_limit",
@@ -86,4 +86,10 @@ def _layer_types(args: GptOssArgs) -> list[str]:
     return ["full_attention" if block.attention.reach.window is None else "sliding_attention" for block in args.blocks]
 
 
-ADAPTER = Adapter(rules, to_config, defaults)
+def normal(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The same with the family's scaling of rotary frequencies where it says none: there is no plain form."""
+    said = any(config.get(key) for key in ("rope_scaling", "rope_parameters"))
+    return config if said else {**config, "rope_scaling": to_config(FLAVORS["120b"])["rope_scaling"]}
+
+
+ADAPTER = Adapter(rules, to_config, defaults, normal=normal)

@@ -9,7 +9,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-from components.layers.shapes import ExpertsShape, FeedForwardShape, Llama3Scaling, Reach, Rope, Temperature
+from components.layers.shapes import (
+    AttentionShape,
+    ExpertsShape,
+    FeedForwardShape,
+    Llama3Scaling,
+    Reach,
+    Rope,
+    Temperature,
+)
 from models.decoder.args import BlockShape, DecoderArgs
 
 _TUNED = Temperature(floor=8192, scale=0.1)
@@ -48,15 +56,14 @@ class Llama4Args(DecoderArgs):
 
     def block(self, layer: int) -> BlockShape:
         """Both kinds of attention with both kinds of what follows."""
-        plain = super().block(layer)
-        feed_forward = plain.feed_forward if self.has_experts(layer) else FeedForwardShape(self.ffn_hidden)
+        heads = (self.n_heads, self.n_kv_heads, self.head_width)
         if self.has_positions(layer):
             rope = Rope(self.rope_theta, self.rope_scaling, neighbours=True)
             norms = "after" if self.qk_norm else "none"
-            attention = replace(plain.attention, rope=rope, reach=Reach(chunk=self.chunk), qk_norm=norms)
+            attention = AttentionShape(*heads, rope, Reach(chunk=self.chunk), norms)
         else:
-            attention = replace(plain.attention, rope=None, temperature=self.temperature)
-        return BlockShape(attention, feed_forward)
+            attention = AttentionShape(*heads, None, temperature=self.temperature)
+        return BlockShape(attention, self.experts if self.has_experts(layer) else FeedForwardShape(self.ffn_hidden))
 
 
 def experts(count: int, hidden: int = 8192) -> ExpertsShape:

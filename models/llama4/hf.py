@@ -5,10 +5,10 @@ embeddings, as here, so no rows are permuted. Published files hold a model that 
 part with a prefix of its own (`nested`); what is exported is the language model alone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from components.checkpoint.hf_config import Adapter
+from components.checkpoint.hf_config import Adapter, Nested
 from components.checkpoint.names import Merge, OursAlone, Rename, Rule
 from components.layers.shapes import Temperature
 from models.decoder.hf import BLOCK, DEFAULTS, MATRICES, OURS, THEIRS, decoder, decoder_config
@@ -34,6 +34,7 @@ def to_config(args: Llama4Args) -> dict[str, Any]:
     """config.json of the language model, without the type of the weights."""
     experts, temperature = args.experts, args.temperature or Temperature()
     layers = range(args.n_layers)
+    turned = [int(args.has_positions(layer)) for layer in layers]  # 1: with positions, whatever the field's name says
     return {
         **decoder_config(args),
         "architectures": ["Llama4ForCausalLM"],
@@ -46,8 +47,8 @@ def to_config(args: Llama4Args) -> dict[str, Any]:
         "interleave_moe_layer_step": args.experts_every,
         "moe_layers": [layer for layer in layers if args.has_experts(layer)],
         "no_rope_layer_interval": args.plain_every,
-        "no_rope_layers": [int(args.has_positions(layer)) for layer in layers],  # 1: with, whatever the name says
-        "layer_types": [("full", "chunked")[args.has_positions(layer)] + "_attention" for layer in layers],
+        "no_rope_layers": turned,
+        "layer_types": _layer_types(turned),
         "attention_chunk_size": args.chunk,
         "use_qk_norm": args.qk_norm,
         "attn_temperature_tuning": args.temperature is not None,
@@ -59,18 +60,26 @@ def to_config(args: Llama4Args) -> dict[str, Any]:
 def normal(config: Mapping[str, Any]) -> dict[str, Any]:
     """The same with the lists that follow from intervals where it does not say them, or, as the first published files,
     says empty ones; those files also say 4 for true."""
-    layers = range(config.get("num_hidden_layers", 48))
-    every, step = config.get("no_rope_layer_interval", 4), config.get("interleave_moe_layer_step", 1)
+    layers = range(_number(config, "num_hidden_layers", 48))
+    every, step = _number(config, "no_rope_layer_interval", 4), _number(config, "interleave_moe_layer_step", 1)
     turned = config.get("no_rope_layers") or [int((layer + 1) % every != 0) for layer in layers]
-    kinds = ["chunked_attention" if turns else "full_attention" for turns in turned]
     experts = config.get("moe_layers")
     return {
         **config,
         "moe_layers": [*layers][step - 1 :: step] if experts is None else experts,
         "no_rope_layers": turned,
-        "layer_types": kinds if config.get("layer_types") is None else config["layer_types"],
+        "layer_types": config.get("layer_types") or _layer_types(turned),
         "attn_temperature_tuning": bool(config.get("attn_temperature_tuning", True)),
     }
+
+
+def _layer_types(turned: Sequence[int]) -> list[str]:
+    return ["chunked_attention" if turns else "full_attention" for turns in turned]
+
+
+def _number(config: Mapping[str, Any], key: str, default: int) -> int:
+    value = config.get(key)
+    return value if type(value) is int and value > 0 else default
 
 
 def defaults(args: Llama4Args) -> dict[str, Any]:
@@ -100,4 +109,4 @@ def defaults(args: Llama4Args) -> dict[str, Any]:
     return {**DEFAULTS, **{key: said[key] for key in shown}, "num_experts": said["num_local_experts"]}
 
 
-ADAPTER = Adapter(rules, to_config, defaults, normal=normal)
+ADAPTER = Adapter(rules, to_config, defaults, normal=normal, nested=Nested(("llama4",)))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from components.layers.rotary import inverse_frequencies
-from components.layers.shapes import Reach, Rope, Temperature
+from components.layers.shapes import AttentionShape, Reach, Rope, Temperature
 from models.llama4.args import FLAVORS
 from models.llama4.hf import ADAPTER
 
@@ -47,7 +47,7 @@ def test_blocks_of_both_kinds() -> None:
     assert [block.experts is not None for block in scout] == [True] * 48
     assert [block.experts is not None for block in maverick] == [False, True] * 24
     for blocks, norms in ((scout, "after"), (maverick, "none")):
-        attentions = [block.attention for block in blocks]
+        attentions = [block.attention for block in blocks if isinstance(block.attention, AttentionShape)]
         assert [each.rope is not None for each in attentions] == [True, True, True, False] * 12
         assert [each.reach for each in attentions] == [*[Reach(chunk=8192)] * 3, Reach()] * 12
         assert [each.qk_norm for each in attentions] == [*[norms] * 3, "none"] * 12
@@ -71,6 +71,11 @@ def test_published_configs_are_understood() -> None:
     for key in ("moe_layers", "layer_types", "no_rope_layer_interval", "floor_scale", "attn_scale", "head_dim"):
         del config[key]
     assert ADAPTER.config_problems(config, args) == []
+    nested = {"model_type": "llama4", "text_config": config, "vision_config": {}}
+    assert ADAPTER.config_problems(nested, args) == []
+    assert ADAPTER.config_problems({**nested, "model_type": "gemma3"}, args) == [
+        'model_type = "gemma3", this model is in llama4'
+    ]
     config |= {"interleave_moe_layer_step": 3, "num_hidden_layers": 6, "no_rope_layer_interval": 2, "use_qk_norm": True}
     assert ADAPTER.config_problems({**config, "attn_temperature_tuning": 0}, FLAVORS["debugmodel"])[0] == (
         "attention_chunk_size = 8192, this model has 96"
