@@ -9,7 +9,7 @@ import torch
 from components.checkpoint.state import model_tensors
 from models.train_spec import families
 
-FAMILIES = ("gemma3", "llama3", "mistral", "qwen3")
+FAMILIES = ("gemma3", "gpt_oss", "llama3", "llama4", "mistral", "qwen3")
 FLAVORS = [(name, flavor) for name in FAMILIES for flavor in families.lookup(name).flavors]
 
 
