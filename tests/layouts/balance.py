@@ -38,7 +38,7 @@ class Experts:
                 if tokens:
                     load = chosen[row].sum(0) * layer.n_experts / (layer.k * tokens)
                     mean = probabilities[row][valid[row]].mean(0)
-                    total = total + tokens / valid.sum() * layer.balance_coefficient * (load * mean).sum()
+                    total = total + tokens / valid.sum() * layer.shape.balance_coefficient * (load * mean).sum()
         self.probabilities.clear()
         return total
 
