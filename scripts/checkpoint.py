@@ -106,7 +106,7 @@ def parser() -> argparse.ArgumentParser:
     out = commands.add_parser("export", help="weights as Hugging Face safetensors")
     out.add_argument("path")
     out.add_argument("out", help="folder that will hold step-N")
-    out.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float32")
+    out.add_argument("--dtype", choices=("float16", "bfloat16", "float32", "source"), default="float32")
     out.add_argument("--assets", help="folder of the tokenizer, whose files are copied too")
     out.add_argument("--custom-import", default="", help="module that registers the model, if it is your own")
     out.set_defaults(run=export)

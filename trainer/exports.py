@@ -12,8 +12,9 @@ from typing import Any
 from torch.distributed import ProcessGroup
 
 from components.checkpoint.checkpointer import Checkpointer
+from components.checkpoint.hf_assets import tokenizer_files
 from components.checkpoint.hf_config import Adapter
-from components.checkpoint.hf_export import export_hf, tokenizer_files
+from components.checkpoint.hf_export import export_hf
 from components.checkpoint.inspect import require_checkpoint
 from components.checkpoint.manifest import Manifest, read_manifest
 from components.checkpoint.ranks import Ranks
@@ -94,7 +95,7 @@ def export_checkpoint(path: str, out: str, dtype: str, assets: str | None, custo
     if assets is not None and not tokenizer_files(assets):
         raise ConfigError(f"--assets: no tokenizer's files in '{assets}'")
     import_custom(custom_import)
-    name, flavor = _model_of(manifest)
+    name, flavor = model_of(manifest)
     adapter = families.lookup(name).load().state_dict_adapter
     if adapter is None:
         raise ConfigError(f"model.name = {name!r}: its family does not say how Hugging Face writes it")
@@ -106,7 +107,7 @@ def export_checkpoint(path: str, out: str, dtype: str, assets: str | None, custo
     return target.folder(folder).path
 
 
-def _model_of(manifest: Manifest) -> tuple[str, str]:
+def model_of(manifest: Manifest) -> tuple[str, str]:
     """Family and flavor, of the job's fingerprint."""
     name, flavor = (manifest.fingerprint.get(f"model.{key}") for key in ("name", "flavor"))
     if not (isinstance(name, str) and isinstance(flavor, str)):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -21,6 +21,7 @@ from components.checkpoint.checkpointer import Checkpointer
 from components.checkpoint.fingerprint import JobIdentity, require_same_job
 from components.checkpoint.hf_config import Adapter
 from components.checkpoint.hf_import import load_hf
+from components.checkpoint.hf_record import AS_IN_SOURCE, SOURCE, Record, missing_record, read_record
 from components.checkpoint.manifest import Manifest
 from components.checkpoint.saver import Saver, SaveResult
 from components.checkpoint.state import ALL_BUT_MODEL, check_exclude
@@ -35,7 +36,12 @@ from trainer.parts import Parts, Progress
 from trainer.run_folder import STARTED, restart_count
 
 NO_ADAPTER = "the model's family does not say how Hugging Face writes it (TrainSpec.state_dict_adapter)"
-EXPORT_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+EXPORT_DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    AS_IN_SOURCE: None,  # as they are
+}
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,7 @@ class Persistence:
         self.saved_step = -1
         self._loaded = -1
         self._under_way = False
+        self._record: Record | None = None  # of the Hugging Face files that the weights came from
         self._adapter, self._args = adapter, args
         self.exports = self._build_exports(job, group)
         if config.enable and not config.load_only:
@@ -155,8 +162,20 @@ class Persistence:
     def load(self, parts: Parts, identity: JobIdentity) -> Progress:
         """Bring the parts to where the source left them, in place. Returns how far that was; a new job is at step 0.
 
-        Raises CheckpointError if the source is broken, of another job, or does not fit; DataError if its data changed.
+        Raises CheckpointError if the source is broken, of another job, or does not fit; DataError if its data changed;
+        ConfigError if weights are to be exported as they came, and did not come from Hugging Face files.
         """
+        progress = self._load(parts, identity)
+        if self._record is None and self._writes_weights() and self.config.export_dtype == AS_IN_SOURCE:
+            raise ConfigError(missing_record("checkpoint.export_dtype"))
+        return progress
+
+    def _writes_weights(self) -> bool:
+        """Whether `checkpoint.export_dtype` says anything."""
+        config = self.config
+        return config.enable and not config.load_only and bool(self.exports or config.last_save_model_only)
+
+    def _load(self, parts: Parts, identity: JobIdentity) -> Progress:
         source = self.source
         if source is None:
             if self.config.enable and self.config.initial_load_in_hf and self.config.initial_load_path:
@@ -181,8 +200,8 @@ class Persistence:
         """Bring the weights to those of Hugging Face safetensors."""
         if self._adapter is None:
             raise ConfigError(f"checkpoint.initial_load_in_hf = true: {NO_ADAPTER}; set it to false")
-        verify = self.config.verify
-        load_hf(path, parts.weights, self._adapter, self._args, self.store.ranks, verify=verify)
+        how = {"verify": self.config.verify, "quantized": self.config.initial_load_in_hf_quantized}
+        self._record = load_hf(path, parts.weights, self._adapter, self._args, self.store.ranks, **how)
         parts.equalize()
 
     def newest(self) -> int | None:
@@ -207,6 +226,8 @@ class Persistence:
         if source.own and source.model_only:  # nothing but the model has to be the same yet
             saved, ours = _of_model(source.manifest.fingerprint), _of_model(identity.fingerprint)
             require_same_job(source.describe(), saved, ours)
+        if "model" not in exclude:
+            self._record = read_record(source.manifest.layout)
         moved = "rng" not in exclude and not _alike(source.manifest.layout, identity.layout)
         skipped = {*exclude, "rng"} if moved else {*exclude}
         generators = self._generators(parts, seeds.generator_state(parts.device))
@@ -249,7 +270,7 @@ class Persistence:
         """Save the weights as they are as step 0, in the type they are stored in; say where. Collective."""
         tensors = parts.weights
         stored = next((value.dtype for value in tensors.values() if value.is_floating_point()), torch.float32)
-        folder = self.store.save_model(0, tensors, identity, stored)
+        folder = self.store.save_model(0, tensors, self._recording(identity), stored)
         logger.info("seed checkpoint: %s; a run of this job without create_seed_checkpoint starts from it", folder)
 
     def is_due(self, step: int, last: bool) -> bool:
@@ -313,7 +334,7 @@ class Persistence:
                 progress.step,
                 {**parts.tensors, **self._generators(parts, drawn)},
                 lambda: self._state(progress, parts, parts.table(progress.cursors, self.store.ranks)),
-                identity,
+                self._recording(identity),
                 wait=wait,
                 then=then,
             )
@@ -321,7 +342,13 @@ class Persistence:
 
     def _save_weights(self, progress: Progress, parts: Parts, identity: JobIdentity, **how: Any) -> None:
         how = {"dtype": EXPORT_DTYPES[self.config.export_dtype], **how}
-        self.saver.save(progress.step, parts.weights, {}, identity, kind="model_only", **how)
+        self.saver.save(progress.step, parts.weights, {}, self._recording(identity), kind="model_only", **how)
+
+    def _recording(self, identity: JobIdentity) -> JobIdentity:
+        """The identity with what is known of the files that the weights came from: it goes where they go."""
+        if self._record is None:
+            return identity
+        return replace(identity, layout={**identity.layout, SOURCE: self._record.plain()})
 
     def ensure_saved(self, progress: Progress, parts: Parts, identity: JobIdentity) -> bool:
         """Have the job saved as it is after `progress.step`, once this returns. True: it was already.
@@ -370,7 +397,7 @@ class Persistence:
 
 def _alike(saved: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
     """Whether two layouts deal the work to the ranks alike."""
-    keys = {*saved, *here} - {"sizes"}
+    keys = {*saved, *here} - {"sizes", SOURCE}
     return all(key in saved and key in here and saved[key] == here[key] for key in keys)
 
 

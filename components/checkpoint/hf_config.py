@@ -79,9 +79,10 @@ class Adapter:
         CheckpointError."""
         return apply_rules(self.rules(args), self.extras(args), shapes)
 
-    def config_bytes(self, args: Any, dtype: str) -> bytes:
-        """config.json, as it is written, for weights of that type ("bfloat16")."""
-        return (json.dumps({**self.to_config(args), "torch_dtype": dtype}, indent=2, sort_keys=True) + "\n").encode()
+    def config_bytes(self, args: Any, dtype: str, more: Mapping[str, Any] | None = None) -> bytes:
+        """config.json, as it is written, for weights of that type ("bfloat16"). `more`: what else it says."""
+        content = {**self.to_config(args), **(more or {}), "torch_dtype": dtype}
+        return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
     def config_problems(self, config: Mapping[str, Any], args: Any) -> list[str]:
         """Each field in which a config.json is not that of these arguments; a line each, empty if it is."""

@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,8 +22,10 @@ import torch
 from torch import Tensor
 
 from components.checkpoint.contents import read_files
+from components.checkpoint.hf_assets import GENERATION, copied_files, generation_config, token_ids
 from components.checkpoint.hf_config import CONFIG, Adapter
-from components.checkpoint.hf_weights import PART, TheirWeights
+from components.checkpoint.hf_record import AS_IN_SOURCE, Record, missing_record, read_record
+from components.checkpoint.hf_weights import PART, TheirWeights, original
 from components.checkpoint.links import Shape
 from components.checkpoint.manifest import FileEntry, Manifest, read_manifest, render
 from components.checkpoint.names import Table
@@ -36,18 +38,6 @@ from components.runtime.logging import logger
 
 SHARD_BYTES = 5_000_000_000
 """Largest file, as Hugging Face has it ("5GB"); a larger tensor gets one of its own."""
-ASSETS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-"""Files of a tokenizer; those that are there are copied."""
 WORDS = {ours: theirs for theirs, ours in FLOATS.items()}
 """Names of types: torch's → the format's."""
 MADE_OF = "exported_from"
@@ -61,31 +51,32 @@ class Shard:
 
     name: str
     """Its name."""
-    tensors: tuple[tuple[str, Shape], ...]
-    """Their tensors in it, in order."""
+    tensors: tuple[tuple[str, Shape, str], ...]
+    """Their tensors in it, in order: name, shape, and type in the format's words."""
 
 
-def plan_shards(shapes: Mapping[str, Shape], dtype: str, shard_bytes: int) -> list[Shard]:
+def plan_shards(tensors: Iterable[tuple[str, Shape, str]], shard_bytes: int) -> list[Shard]:
     """Fill files in the order of the tensors, up to `shard_bytes` of data each."""
-    filled: list[list[tuple[str, Shape]]] = [[]]
+    filled: list[list[tuple[str, Shape, str]]] = [[]]
     left = shard_bytes
-    for name, shape in shapes.items():
-        size = math.prod(shape) * item_bytes(dtype)
+    for name, shape, words in tensors:
+        size = math.prod(shape) * item_bytes(words)
         if size > left and filled[-1]:
             filled.append([])
             left = shard_bytes
-        filled[-1].append((name, shape))
+        filled[-1].append((name, shape, words))
         left -= size
-    if len(filled) == 1:
-        return [Shard(SINGLE, tuple(filled[0]))]
-    count = len(filled)
-    return [Shard(f"model-{i:05}-of-{count:05}.safetensors", tuple(each)) for i, each in enumerate(filled, 1)]
+    aligned = [tuple(sorted(each, key=lambda tensor: -item_bytes(tensor[2]))) for each in filled]
+    if len(aligned) == 1:
+        return [Shard(SINGLE, aligned[0])]
+    count = len(aligned)
+    return [Shard(f"model-{i:05}-of-{count:05}.safetensors", each) for i, each in enumerate(aligned, 1)]
 
 
-def index_bytes(shards: Sequence[Shard], dtype: str) -> bytes:
+def index_bytes(shards: Sequence[Shard]) -> bytes:
     """The index of several files."""
-    total = sum(math.prod(shape) * item_bytes(dtype) for shard in shards for _, shape in shard.tensors)
-    files = {name: shard.name for shard in shards for name, _ in shard.tensors}
+    total = sum(math.prod(shape) * item_bytes(words) for shard in shards for _, shape, words in shard.tensors)
+    files = {name: shard.name for shard in shards for name, *_ in shard.tensors}
     return _json({"metadata": {"total_size": total}, "weight_map": files})
 
 
@@ -110,23 +101,33 @@ def export_hf(
     Collective.
 
     `source`, `manifest`: the checkpoint; its hashes are not checked here. `name`: `step-N`, like the checkpoint's.
-    `args`: the model's arguments, as the job had them. `dtype`: "float16", "bfloat16" or "float32". `assets`: a local
-    folder whose tokenizer files are copied. An export of that name with the same bytes stays; any other is set aside.
+    `args`: the model's arguments, as the job had them. `dtype`: "float16", "bfloat16", "float32", or "source", the
+    types and tensors of the files that the weights were imported from. `assets`: a local folder whose tokenizer files
+    and generation_config.json are copied. An export of that name with the same bytes stays; any other is set aside.
     Returns the folder. Raises CheckpointError on all ranks; nothing of that name appears then.
     """
     what, started = f"cannot export to '{target.path}/{name}'", time.perf_counter()
-    index, words = ranks.on_first(lambda: read_files(source, manifest)[0], what), WORDS[dtype]
+    index = ranks.on_first(lambda: read_files(source, manifest)[0], what)
     table = ranks.everywhere(lambda: _table(adapter, args, index), what)
-    shards = plan_shards(_in_order(table), words, shard_bytes)
-    small = {CONFIG: adapter.config_bytes(args, dtype)} | ({INDEX: index_bytes(shards, words)} if shards[1:] else {})
-    made_of = ranks.on_first(lambda: _digest(manifest, words, shard_bytes, small, assets), what)
+    record = ranks.everywhere(lambda: _record(dtype, manifest, table), what)
+    shards = ranks.everywhere(lambda: plan_shards(_in_order(table, record), shard_bytes), what)
+
+    def small_files() -> dict[str, bytes]:
+        ids = token_ids(assets)
+        small = {CONFIG: adapter.config_bytes(args, record.dtype, ids), GENERATION: generation_config(ids)}
+        small |= {INDEX: index_bytes(shards)} if shards[1:] else {}
+        return {name: data for name, data in small.items() if name not in {path.name for path in copied_files(assets)}}
+
+    small = ranks.everywhere(lambda: small_files() if ranks.first else {}, what)
+    types = record.plain() if dtype == AS_IN_SOURCE else WORDS[dtype]
+    made_of = ranks.on_first(lambda: _digest(manifest, types, shard_bytes, small, assets), what)
     if ranks.on_first(lambda: _make_way(target, name, made_of), what):
         return target.folder(name)
     temporary = ranks.on_first(lambda: target.temporary(name), what)
     try:
-        weights = TheirWeights(source, index, table, dtype)
+        weights = TheirWeights(source, index, table, record)
         entries = ranks.everywhere(
-            lambda: [_write_shard(temporary, shard, weights, words) for shard in shards[ranks.rank :: ranks.size]], what
+            lambda: [_write_shard(temporary, shard, weights) for shard in shards[ranks.rank :: ranks.size]], what
         )
         others = ranks.on_first(lambda: _write_small(temporary, small, assets), what)
         files = sorted([*others, *itertools.chain(*ranks.all_gather(entries))], key=lambda entry: entry.name)
@@ -152,19 +153,30 @@ def _table(adapter: Adapter, args: Any, index: Index) -> Table:
     return table
 
 
-def _in_order(table: Table) -> dict[str, Shape]:
-    """Their tensors in the order of ours, so that each piece of ours is read once."""
-    return {name: table.theirs[name] for name in dict.fromkeys(link.theirs for link in table.links)}
+def _record(dtype: str, manifest: Manifest, table: Table) -> Record:
+    """The types to write."""
+    if dtype != AS_IN_SOURCE:
+        exact = {link.theirs: "float32" for link in table.links if link.ours in table.buffers}
+        return Record(dtype, exact, [extra.theirs for extra in table.extras if extra.written])
+    if (record := read_record(manifest.layout)) is None:
+        raise CheckpointError(missing_record("export_dtype"))
+    return record
+
+
+def _in_order(table: Table, record: Record) -> list[tuple[str, Shape, str]]:
+    """Their tensors in the order of ours, so that each piece of ours is read once; then those that equal others."""
+    names = [*dict.fromkeys(link.theirs for link in table.links), *record.besides]
+    return [(name, table.theirs[original(table, name)], WORDS[record.type_of(name)]) for name in names]
 
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _write_shard(folder: Folder, shard: Shard, weights: TheirWeights, words: str) -> FileEntry:
+def _write_shard(folder: Folder, shard: Shard, weights: TheirWeights) -> FileEntry:
     with folder.create(shard.name) as file:
-        file.write(render_header(shard.tensors, words))
-        for name, _ in shard.tensors:
+        file.write(render_header(shard.tensors))
+        for name, *_ in shard.tensors:
             _write_raw(file, weights.read(name))
     return file.entry
 
@@ -177,7 +189,7 @@ def _write_raw(file: HashedFile, tensor: Tensor) -> None:
 
 def _write_small(folder: Folder, small: Mapping[str, bytes], assets: str | None) -> list[FileEntry]:
     entries = [write_file(folder, name, data) for name, data in small.items()]
-    return entries + [_copy(path, folder) for path in tokenizer_files(assets)]
+    return entries + [_copy(path, folder) for path in copied_files(assets)]
 
 
 def _copy(path: Path, folder: Folder) -> FileEntry:
@@ -187,18 +199,12 @@ def _copy(path: Path, folder: Folder) -> FileEntry:
     return file.entry
 
 
-def _digest(manifest: Manifest, words: str, shard_bytes: int, small: Mapping[str, bytes], assets: str | None) -> str:
+def _digest(manifest: Manifest, types: Any, shard_bytes: int, small: Mapping[str, bytes], assets: str | None) -> str:
     """What an export's bytes follow from."""
     files = [[entry.name, entry.size, entry.hashes] for entry in manifest.files]
     other = {name: hashlib.sha256(data).hexdigest() for name, data in small.items()}
-    other |= {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in tokenizer_files(assets)}
-    return hashlib.sha256(_json({"files": files, "type": words, "shards": shard_bytes, "other": other})).hexdigest()
-
-
-def tokenizer_files(assets: str | None) -> list[Path]:
-    """Those of a tokenizer in a local folder that are exported too."""
-    found = [Path(assets) / name for name in ASSETS] if assets is not None else []
-    return [path for path in found if path.is_file()]
+    other |= {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in copied_files(assets)}
+    return hashlib.sha256(_json({"files": files, "type": types, "shards": shard_bytes, "other": other})).hexdigest()
 
 
 def _make_way(target: Storage, name: str, made_of: str) -> bool:

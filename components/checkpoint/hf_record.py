@@ -6,10 +6,11 @@ survives any change of layout and is read without torch. Most tensors are of one
 The manifest's own fields were rejected as its place: every older checkpoint would then be of another format.
 """
 
+import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -22,18 +23,18 @@ SOURCE = "hf_source"
 """Entry of a manifest's layout."""
 AS_IN_SOURCE = "source"
 """The value of `checkpoint.export_dtype` that asks for what is recorded."""
-Float = Literal["float64", "float32", "float16", "bfloat16"]
+_Float = Annotated[str, Field(pattern="^(float64|float32|float16|bfloat16)$")]
 
 
 @dataclass(frozen=True)
 class Record:
     """Types of their tensors, and which of those that need not be there were. What was quantized counts as bfloat16."""
 
-    dtype: Float
+    dtype: _Float
     """The type of most."""
-    others: Annotated[dict[str, Float], Field(default_factory=dict)]
+    others: dict[str, _Float] = field(default_factory=dict)
     """Tensors of other types, each with its own."""
-    besides: Annotated[list[str], Field(default_factory=list)]
+    besides: list[str] = field(default_factory=list)
     """Tensors that equal another one and were there nevertheless: the head of a tied model."""
 
     def type_of(self, name: str) -> str:
@@ -53,9 +54,7 @@ def record_of(table: Table, found: Mapping[str, Source]) -> Record:
     copies = sorted(name for name in found if (extra := table.extra(name)) is not None and extra.same_as)
     types = {name: FLOATS[found[name].dtype] for name in (*table.theirs, *copies)}
     most = Counter(types.values()).most_common(1)[0][0] if types else "float32"
-    return _ADAPTER.validate_python(
-        {"dtype": most, "others": {n: t for n, t in sorted(types.items()) if t != most}, "besides": copies}
-    )
+    return Record(most, {name: dtype for name, dtype in sorted(types.items()) if dtype != most}, copies)
 
 
 def read_record(layout: Mapping[str, Any]) -> Record | None:
@@ -63,14 +62,14 @@ def read_record(layout: Mapping[str, Any]) -> Record | None:
     if SOURCE not in layout:
         return None
     try:
-        return _ADAPTER.validate_python(layout[SOURCE], strict=True)
+        return _ADAPTER.validate_json(json.dumps(layout[SOURCE]), strict=True)
     except ValidationError as error:
         raise CheckpointError(f"layout.{SOURCE} of the manifest is no record: {error.errors()[0]['msg']}") from error
 
 
-def missing_record(subject: str) -> str:
-    """The message that there is none. `subject`: what was not imported."""
+def missing_record(key: str) -> str:
+    """The message that there is none. `key`: what has asked for it."""
     return (
-        f'export_dtype = "{AS_IN_SOURCE}": {subject} not from Hugging Face files, whose types they could have; take'
-        ' "float32", "bfloat16" or "float16"'
+        f'{key} = "{AS_IN_SOURCE}": these weights do not come from Hugging Face files, whose types they could have;'
+        ' take "float32", "bfloat16" or "float16"'
     )

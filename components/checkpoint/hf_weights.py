@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from components.checkpoint.boxes import require_held
+from components.checkpoint.hf_record import Record
 from components.checkpoint.links import Link
 from components.checkpoint.names import Table
 from components.checkpoint.safetensors import read_into
@@ -20,11 +21,10 @@ PART = "model."
 
 
 class TheirWeights:
-    """Their tensors, one at a time, out of the pieces of a checkpoint."""
+    """Their tensors, one at a time, out of the pieces of a checkpoint, in the types that the record says."""
 
-    def __init__(self, source: Folder, index: Index, table: Table, dtype: str) -> None:
-        self._source, self._index, self._table = source, index, table
-        self._dtype: torch.dtype = getattr(torch, dtype)
+    def __init__(self, source: Folder, index: Index, table: Table, record: Record) -> None:
+        self._source, self._index, self._table, self._record = source, index, table, record
         self._links: dict[str, list[Link]] = {}
         for link in table.links:
             self._links.setdefault(link.theirs, []).append(link)
@@ -32,10 +32,11 @@ class TheirWeights:
 
     def read(self, name: str) -> Tensor:
         """One of theirs, whole. Raises CheckpointError where the type that is written cannot hold a value."""
-        links = self._links[name]
+        same = original(self._table, name)
+        links = self._links[same]
         needed = {link.ours for link in links}
         self._pieces = {key: piece for key, piece in self._pieces.items() if key[0] in needed}
-        whole = torch.empty(self._table.theirs[name], dtype=self._dtype)
+        whole = torch.empty(self._table.theirs[same], dtype=getattr(torch, self._record.type_of(name)))
         for link in links:
             for number, piece in enumerate(self._index[PART + link.ours].pieces):
                 if (cut := link.within(tuple(piece.offsets), tuple(piece.sizes))) is not None:
@@ -54,6 +55,16 @@ class TheirWeights:
             entry = self._index[PART + name]
             self._pieces[name, number] = read_piece(self._source, entry, entry.pieces[number])
         return self._pieces[name, number]
+
+
+def original(table: Table, name: str) -> str:
+    """The tensor of the table that one of theirs is, or equals."""
+    if name in table.theirs:
+        return name
+    extra = table.extra(name)
+    if extra is None or extra.same_as not in table.theirs:
+        raise CheckpointError(f"{name} equals no tensor of this model")
+    return extra.same_as
 
 
 class _Section(io.RawIOBase):

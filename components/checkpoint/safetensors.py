@@ -58,11 +58,12 @@ def item_bytes(dtype: str) -> int:
     return _BITS[dtype] // 8
 
 
-def render_header(tensors: Iterable[tuple[str, tuple[int, ...]]], dtype: str) -> bytes:
-    """What a file with these tensors (name, shape), all of one type, begins with."""
+def render_header(tensors: Iterable[tuple[str, tuple[int, ...], str]]) -> bytes:
+    """What a file with these tensors (name, shape, type) begins with. Wider types must come first, so that each tensor
+    begins at a multiple of its element's size."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
-    for name, shape in tensors:
+    for name, shape, dtype in tensors:
         end = start + math.prod(shape) * item_bytes(dtype)
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
         start = end

@@ -32,7 +32,8 @@ class Checkpoint:
     initial_load_in_hf: bool = False
     """`initial_load_path` holds Hugging Face safetensors."""
     initial_load_in_hf_quantized: bool = False
-    """… and they are quantized."""
+    """… and they are quantized (FP8 in blocks, or MXFP4): they are dequantized as they are read. Without it such
+    weights are refused, with it all others."""
     last_save_model_only: bool = False
     """Save only the weights at the last step. Default false, unlike TorchTitan's: a finished run can then be
     extended."""
@@ -42,8 +43,10 @@ class Checkpoint:
     """Steps from one export of the weights as Hugging Face safetensors to the next; 0: none."""
     export_folder: NonEmpty = "export"
     """Folder inside `dump_folder`, or a URL, that holds the exports, `step-N` each."""
-    export_dtype: Literal["float16", "bfloat16", "float32"] = "float32"
-    """Type of the weights in model-only saves and exports."""
+    export_dtype: Literal["float16", "bfloat16", "float32", "source"] = "float32"
+    """Type of the weights in model-only saves and exports. source: exports have each tensor in the type that it had in
+    the Hugging Face files that the job's weights came from (bfloat16 for what was quantized), model-only saves as it is
+    trained; refused if they came from none."""
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
     """Save in the background: training waits only while its state is copied to host memory (a second copy of it there),
     into pinned memory with the last."""

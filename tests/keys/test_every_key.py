@@ -47,16 +47,6 @@ REFUSED = {
         ("--memory_estimation.enable",),
         "true: not yet supported: the dry run takes its place: COMM_MODE=fake_backend ./run_train.sh; set it to false",
     ),
-    "checkpoint.initial_load_in_hf_quantized": (
-        (
-            SAVES,
-            "--checkpoint.initial_load_in_hf",
-            "--checkpoint.initial_load_path=x",
-            "--checkpoint.initial_load_in_hf_quantized",
-        ),
-        "true: not yet supported: quantized weights cannot be read yet; convert them to bfloat16 first, and set it to"
-        " false",
-    ),
 }
 """Key → arguments that make it live, and how it is refused then."""
 

@@ -2,16 +2,20 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from models.llama3.args import FLAVORS
 from tests.keys.jobs import Done, run_jobs
+from tests.ranks import run_ranks
 from trainer.config.inactive import inactive
 from trainer.config.load import load_job
 from trainer.config.validate import validate
+from trainer.exports import export_checkpoint
 
 shows = pytest.mark.shows
 SAVING = ("--checkpoint.enable", "--checkpoint.interval=500")
@@ -115,6 +119,66 @@ def test_a_job_of_another_flavor_does_not(done: dict[str, Done]) -> None:
     outcome = done["other flavor"].outcome
     assert outcome.code == 2
     assert "config.json: tie_word_embeddings = false, this model has true" in outcome.stderr
+
+
+def quantize(source: Path, target: Path) -> dict[str, torch.Tensor]:
+    """The same model with matrices in FP8, norms in fp32 and the rest in bfloat16; what its weights then are."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("manifest.json"))
+    files, found = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
+    for name, value in load_file(source / "model.safetensors").items():
+        files[name] = found[name] = value if "norm" in name else value.bfloat16()
+        if name.endswith("proj.weight"):
+            files[name] = (value * 1000).to(torch.float8_e4m3fn)
+            blocks = [-(-length // 32) for length in value.shape]
+            files[f"{name}_scale_inv"] = scales = torch.arange(1.0, 1 + blocks[0] * blocks[1]).view(blocks) * 1e-4
+            factors = scales.repeat_interleave(32, 0).repeat_interleave(32, 1)[: value.shape[0], : value.shape[1]]
+            found[name] = (files[name].float() * factors).bfloat16()
+    save_file(files, target / "model.safetensors")
+    config = json.loads((source / "config.json").read_bytes())
+    config |= {"quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [32, 32]}}
+    (target / "config.json").write_text(json.dumps(config))
+    return found
+
+
+FROM = (*LAST, "--checkpoint.initial_load_in_hf", "--optimizer.lr=1e-30", "--checkpoint.export_dtype=source")
+DEQUANTIZE = "--checkpoint.initial_load_in_hf_quantized"
+
+
+@shows("checkpoint.initial_load_in_hf_quantized", "checkpoint.export_dtype")
+def test_a_job_starts_from_quantized_weights_and_exports_them_as_they_were(done: dict[str, Done]) -> None:
+    """Names, types and bytes; from a later run of the job and from its checkpoints too, since these remember them."""
+    root = done["last"].folder.parent / "quantized"
+    want = quantize(done["last"].folder / "export/step-3", root / "source")
+    path = f"--checkpoint.initial_load_path={root}/source"
+    jobs = {
+        "first": (*FROM, DEQUANTIZE, path),
+        "not said": (*FROM, path),
+        "plain": (*FROM, DEQUANTIZE, f"--checkpoint.initial_load_path={done['last'].folder}/export/step-3"),
+        "on": (*FROM, DEQUANTIZE, path, "--training.steps=4", f"--job.dump_folder={root}/first"),
+        "none": (*LAST, "--checkpoint.export_dtype=source"),
+        "next": (
+            *(*LAST, "--checkpoint.export_dtype=source", "--optimizer.lr=1e-30"),
+            f"--checkpoint.initial_load_path={root}/first/checkpoint/step-4",
+        ),
+    }
+    ended = run_jobs(root, jobs)
+    assert "14 of them quantized in the files" in ended["first"].log
+    where = (f"{root}/first/checkpoint/step-3", f"{root}/alone")
+    run_ranks(1, export_checkpoint, *where, "source", None, "tests.keys.recording", backend=None)
+    for folder in ("first/export/step-3", "first/export/step-4", "next/export/step-3", "alone/step-3"):
+        written = load_file(root / folder / "model.safetensors")
+        assert {name: value.dtype for name, value in written.items()} == {n: v.dtype for n, v in want.items()}
+        assert all(torch.equal(written[name], value) for name, value in want.items())
+    told = {
+        "not said": "config.json: the weights are quantized (fp8): set checkpoint.initial_load_in_hf_quantized to true",
+        "plain": "checkpoint.initial_load_in_hf_quantized = true, but config.json has no quantization_config: set it to"
+        " false",
+        "none": 'checkpoint.export_dtype = "source": these weights do not come from Hugging Face files, whose types'
+        ' they could have; take "float32", "bfloat16" or "float16"',
+    }
+    for name, text in told.items():
+        assert ended[name].outcome.code == 2
+        assert text in ended[name].outcome.stderr
 
 
 def problems(*arguments: str) -> list[str]:

@@ -53,13 +53,6 @@ UNSUPPORTED = (
         lambda job: job.memory_estimation.enable,
         "the dry run takes its place: COMM_MODE=fake_backend ./run_train.sh; set it to false",
     ),
-    Unsupported(
-        "checkpoint.initial_load_in_hf_quantized",
-        lambda job: (
-            job.checkpoint.enable and job.checkpoint.initial_load_in_hf and job.checkpoint.initial_load_in_hf_quantized
-        ),
-        "quantized weights cannot be read yet; convert them to bfloat16 first, and set it to false",
-    ),
 )
 
 

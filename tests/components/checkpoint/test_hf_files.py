@@ -3,7 +3,7 @@
 import json
 import os
 import struct
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from components.checkpoint import hf_export, hf_weights
@@ -18,9 +19,11 @@ from components.checkpoint.checkpointer import Checkpointer
 from components.checkpoint.hf_export import Shard, export_hf, plan_shards
 from components.checkpoint.hf_import import load_hf
 from components.checkpoint.hf_read import portions, read_part
+from components.checkpoint.hf_record import SOURCE as SOURCE_ENTRY
+from components.checkpoint.hf_record import Record, read_record
 from components.checkpoint.links import Link, Span
 from components.checkpoint.local import LocalFolder
-from components.checkpoint.names import OursAlone, TheirsAlone
+from components.checkpoint.names import OursAlone, Rename, TheirsAlone
 from components.checkpoint.ranks import Ranks
 from components.checkpoint.safetensors import Place
 from components.checkpoint.storage import Folder, open_folder, open_storage
@@ -53,7 +56,7 @@ def contents(folder: Folder | Path) -> dict[str, Tensor]:
 def test_one_file(tmp_path: Path, told: list[str]) -> None:
     tiny.save(tmp_path, tiny.ours())
     folder = export(tmp_path)
-    assert folder.names() == ["config.json", "manifest.json", "model.safetensors"]
+    assert folder.names() == ["config.json", "generation_config.json", "manifest.json", "model.safetensors"]
     assert tiny.same(contents(folder), tiny.theirs(tiny.ours()))
     config = {"hidden_size": 4, "num_attention_heads": 1, "torch_dtype": "float32"}
     assert json.loads((tmp_path / "out/step-1/config.json").read_bytes()) == config
@@ -71,7 +74,8 @@ def test_several_files(tmp_path: Path) -> None:
     tiny.save(tmp_path, tiny.ours())
     folder = export(tmp_path, dtype="bfloat16", shard_bytes=70)
     names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-    assert folder.names() == ["config.json", "manifest.json", *names, "model.safetensors.index.json"]
+    small = ["config.json", "generation_config.json", "manifest.json"]
+    assert folder.names() == [*small, *names, "model.safetensors.index.json"]
     index = json.loads((tmp_path / "out/step-1/model.safetensors.index.json").read_bytes())
     assert index == {
         "metadata": {"total_size": 96},
@@ -86,12 +90,18 @@ def test_several_files(tmp_path: Path) -> None:
 def test_plans() -> None:
     shapes = {"a": (3,), "big": (10,), "b": (2,), "c": (1,), "scalar": ()}
     names = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
-    assert plan_shards(shapes, "F32", 16) == [
-        Shard(names[0], (("a", (3,)),)),
-        Shard(names[1], (("big", (10,)),)),
-        Shard(names[2], (("b", (2,)), ("c", (1,)), ("scalar", ()))),
+    wide = [(name, shape, "F32") for name, shape in shapes.items()]
+    assert plan_shards(wide, 16) == [
+        Shard(names[0], (("a", (3,), "F32"),)),
+        Shard(names[1], (("big", (10,), "F32"),)),
+        Shard(names[2], (("b", (2,), "F32"), ("c", (1,), "F32"), ("scalar", (), "F32"))),
     ]
-    assert plan_shards(shapes, "BF16", 34) == [Shard("model.safetensors", tuple(shapes.items()))]
+    narrow = [(name, shape, "BF16") for name, shape in shapes.items()]
+    assert plan_shards(narrow, 34) == [Shard("model.safetensors", tuple(narrow))]
+    mixed = [("a", (3,), "BF16"), ("b", (2,), "F32"), ("c", (1,), "F16"), ("d", (), "F64")]
+    by_width = (mixed[3], mixed[1], mixed[0], mixed[2])
+    assert plan_shards(mixed, 24) == [Shard("model.safetensors", by_width)]
+    assert [shard.tensors for shard in plan_shards(mixed, 14)] == [(mixed[1], mixed[0]), (mixed[3], mixed[2])]
 
 
 def test_values_that_a_type_cannot_hold(tmp_path: Path) -> None:
@@ -119,17 +129,142 @@ def test_tokenizer_files_are_copied(tmp_path: Path) -> None:
     tiny.save(tmp_path, tiny.ours())
     (tmp_path / "assets").mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "model.safetensors", "notes.txt"):
-        (tmp_path / "assets" / name).write_text(name)
+        (tmp_path / "assets" / name).write_text(f'{{"file": "{name}"}}')
     folder = export(tmp_path, assets=str(tmp_path / "assets"))
     assert folder.names() == [
         "config.json",
+        "generation_config.json",
         "manifest.json",
         "model.safetensors",
         "tokenizer.json",
         "tokenizer_config.json",
     ]
-    assert (tmp_path / "out/step-1/tokenizer.json").read_text() == "tokenizer.json"
-    assert export(tmp_path, assets=str(tmp_path / "nowhere")).names() == folder.names()[:3]
+    for name in ("tokenizer.json", "generation_config.json"):
+        assert (tmp_path / "out/step-1" / name).read_text() == f'{{"file": "{name}"}}'
+    assert export(tmp_path, assets=str(tmp_path / "nowhere")).names() == folder.names()[:4]
+    generation = json.loads((tmp_path / "out/step-1/generation_config.json").read_text())
+    assert generation == {"_from_model_config": True}
+
+
+ADDED = [{"id": 7, "content": "<s>"}, {"id": 8, "content": "</s>"}, {"id": "x", "content": "<pad>"}, "nothing"]
+FOLDERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "of the model": (
+        {"config.json": {"bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": None}},
+        {"bos_token_id": 1, "eos_token_id": [2, 3]},
+    ),
+    "of a part of it": (
+        {"config.json": {"text_config": {"bos_token_id": 2, "eos_token_id": 1}, "eos_token_id": [1, 106]}},
+        {"bos_token_id": 2, "eos_token_id": [1, 106]},
+    ),
+    "of the tokenizer": (
+        {
+            "config.json": {"eos_token_id": "</s>"},
+            "tokenizer_config.json": {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "pad_token": "<pad>"},
+            "tokenizer.json": {"added_tokens": ADDED},
+        },
+        {"bos_token_id": 7, "eos_token_id": 8},
+    ),
+    "of no token": ({"tokenizer_config.json": {"bos_token": "<s>"}, "tokenizer.json": {"added_tokens": []}}, {}),
+    "of none": ({"config.json": [1]}, {}),
+}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_special_tokens_are_those_of_the_assets(name: str, tmp_path: Path) -> None:
+    files, ids = FOLDERS[name]
+    tiny.save(tmp_path, tiny.ours())
+    (tmp_path / "assets").mkdir()
+    for file, content in files.items():
+        (tmp_path / "assets" / file).write_text(json.dumps(content))
+    export(tmp_path, assets=str(tmp_path / "assets"))
+    out = tmp_path / "out/step-1"
+    assert json.loads((out / "generation_config.json").read_text()) == {"_from_model_config": True, **ids}
+    config = {"hidden_size": 4, "num_attention_heads": 1, "torch_dtype": "float32"}
+    assert json.loads((out / "config.json").read_text()) == {**config, **ids}
+
+
+def test_assets_that_are_no_json(tmp_path: Path, told: list[str]) -> None:
+    tiny.save(tmp_path, tiny.ours())
+    (tmp_path / "assets").mkdir()
+    (tmp_path / "assets" / "config.json").write_text("[" * 10_000)
+    export(tmp_path, assets=str(tmp_path / "assets"))
+    assert any("is not JSON" in line and line.endswith("special tokens are not looked up in it") for line in told)
+
+
+SOURCE = replace(
+    tiny.ADAPTER,
+    rules=lambda args: (*tiny.ADAPTER.rules(args), Rename("norm", "norm.weight")),
+    extras=lambda args: (TheirsAlone("head", same_as="their.1.weight"), TheirsAlone("freq")),
+)
+
+
+@dataclass(frozen=True)
+class WithNorm(tiny.Args):
+    def parameter_count(self) -> int:
+        return super().parameter_count() + 3
+
+
+def source_files(folder: Path) -> dict[str, Tensor]:
+    """Files of several types, with a head that is written out; their tensors."""
+    third = torch.rand(4, 4, generator=torch.Generator().manual_seed(1))
+    tensors = {
+        "their.0.weight": tiny.ours()["model.l.0.w"].bfloat16(),
+        "their.1.weight": tiny.ours()["model.l.1.w"].bfloat16(),
+        "their.2.weight": third.half(),
+        "norm.weight": torch.tensor([0.1, 0.2, 0.3]),
+        "head": tiny.ours()["model.l.1.w"].bfloat16(),
+    }
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text('{"hidden_size": 4}')
+    return tensors
+
+
+def test_an_export_as_the_source_was(tmp_path: Path) -> None:
+    """Names, shapes, types and bytes, through a checkpoint; in several files too."""
+    tensors = source_files(tmp_path / "source")
+    found = {**tiny.zeros(), "model.norm": torch.zeros(3)}
+    record = load_hf(str(tmp_path / "source"), found, SOURCE, WithNorm(), ALONE)
+    assert record == Record("bfloat16", {"norm.weight": "float32", "their.2.weight": "float16"}, ["head"])
+    assert read_record({SOURCE_ENTRY: json.loads(json.dumps(record.plain()))}) == record
+    store = Checkpointer(tmp_path, keep_latest_k=0, group=None)
+    store.save(1, found, {}, replace(tiny.JOB, layout={SOURCE_ENTRY: record.plain()}), "model_only")
+    for shard_bytes in (1000, 50):
+        folder = export(tmp_path, WithNorm(), "source", SOURCE, shard_bytes=shard_bytes)
+        written = contents(folder)
+        assert {name: (value.dtype, value.shape) for name, value in written.items()} == {
+            name: (value.dtype, value.shape) for name, value in tensors.items()
+        }
+        assert all(
+            torch.equal(written[name].view(-1).view(torch.uint8), tensors[name].view(-1).view(torch.uint8))
+            for name in tensors
+        )
+        assert json.loads((tmp_path / "out/step-1/config.json").read_text())["torch_dtype"] == "bfloat16"
+        again = {**tiny.zeros(), "model.norm": torch.zeros(3)}
+        assert load_hf(folder.path, again, SOURCE, WithNorm(), ALONE) == record
+        assert tiny.same(again, found)
+    assert len(folder.names()) > 5
+
+
+def test_an_export_as_a_source_that_is_not_known(tmp_path: Path) -> None:
+    def refused(layout: dict[str, Any]) -> str:
+        root = tmp_path / f"of {len(os.listdir(tmp_path))}"
+        store = Checkpointer(root, keep_latest_k=0, group=None)
+        store.save(1, tiny.ours(), {}, replace(tiny.JOB, layout=layout), "model_only")
+        with pytest.raises(CheckpointError) as error:
+            export(root, dtype="source")
+        assert not (root / "out" / "step-1").exists()
+        return str(error.value).partition("': ")[2]
+
+    assert refused({}) == (
+        'export_dtype = "source": these weights do not come from Hugging Face files, whose types they could have;'
+        ' take "float32", "bfloat16" or "float16"'
+    )
+    wrong = {"dtype": "int8", "others": {}, "besides": []}
+    assert refused({SOURCE_ENTRY: wrong}).startswith("layout.hf_source of the manifest is no record: ")
+    assert refused({SOURCE_ENTRY: {**wrong, "dtype": "float16", "besides": ["head"]}}) == (
+        "head equals no tensor of this model"
+    )
 
 
 def test_an_export_of_that_name(tmp_path: Path, told: list[str]) -> None:
