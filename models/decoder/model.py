@@ -56,6 +56,7 @@ class Block(nn.Module):
 
     def inits(self, matrix: Init, into_stream: Init) -> dict[str, Init]:
         """How the parameters of its layers are initialized, by name."""
+        into_stream = matrix if self.shape.sandwich else into_stream  # normed to size 1 whatever it is
         layers = {"attention": self.attention, "feed_forward": self.feed_forward, "moe": self.moe}
         of = {name: layer.inits(matrix, into_stream) for name, layer in layers.items() if layer is not None}
         return {f"{name}.{leaf}": init for name, inits in of.items() for leaf, init in inits.items()}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from components.layers.initialize import initialize
+from components.layers.initialize import Normal, initialize
 from components.layers.shapes import LinearScaling, Reach, Rope
 from models.decoder.model import Decoder
 from models.gemma3.args import FLAVORS, Gemma3Args
@@ -164,3 +164,9 @@ def test_it_starts_with_variances_of_one(tied: bool) -> None:
         logits = model.output(model(tokens, torch.arange(64).expand(2, 64)))
     assert logits.var().item() == pytest.approx(1.0, rel=0.15)
     assert stream == pytest.approx([3.0, 5.0], rel=0.15)
+
+
+def test_what_is_normed_needs_no_small_matrices() -> None:
+    inits = Decoder(replace(FLAVORS["debugmodel"], n_layers=2)).inits()
+    matrices = [f"layers.{i}.{name}.weight" for i in range(2) for name in ("attention.wo", "feed_forward.w2")]
+    assert {inits[name] for name in matrices} == {Normal(0.02)}
