@@ -9,8 +9,8 @@ row. Three ways (`parallelism.context_parallel_rotate_method`), with h, g query 
     ulysses    tokens of all heads are traded for whole rows of some heads, and back: (2h + 2g)·s·head_dim / n move, the
                least for many ranks; heads limit the ranks
 
-Tiles of attention that causality empties are not computed. Masks (for documents, or where the rank is symbolic) are
-built once per forward: s²/n bytes a row, or s² for ulysses; with a mask, allgather computes all of it.
+Tiles of attention that causality empties are not computed. Masks (for documents, windows, chunks, or where the rank is
+symbolic) are built once per forward: s²/n bytes a row, or s² for ulysses; with a mask, allgather computes all of it.
 """
 
 from collections.abc import Callable

@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from components.config.compute import ActivationCheckpoint, Compile
 from components.config.parallelism import Parallelism
-from components.mesh.attention_kernels import plain_backward, plain_forward, tile_backward, tile_forward
 from components.mesh.batch import IGNORE, Batch
 from components.mesh.collectives import Axis
 from components.mesh.degrees import resolve_degrees
@@ -213,41 +212,6 @@ def covered(tiles: tuple[Tile, ...], length: int, size: int) -> Tensor:
             part.tril() if tile.causal else part
         )
     return seen
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("scale", [None, 0.2])
-@pytest.mark.parametrize("case", ["all", "causal", "mask", "one mask for all rows"])
-def test_kernels_compute_what_plain_operations_do(case: str, scale: float | None, dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(0)
-    q, grad = (torch.randn(2, 6, 5, 8, generator=generator).to(dtype) for _ in range(2))
-    k, v = (torch.randn(2, 2, 5, 8, generator=generator).to(dtype) for _ in range(2))
-    shape = (2 if case == "mask" else 1, 1, 5, 5)
-    mask = torch.rand(*shape, generator=generator) < 0.4 if "mask" in case else None
-    if mask is not None:
-        mask[0, 0, 2] = False  # a query without a key
-    whole_k, whole_v = (x.repeat_interleave(3, dim=1) for x in (k, v))
-    out, lse = tile_forward(q, k, v, mask, case == "causal", scale)
-    want_out, want_lse = plain_forward(q, whole_k, whole_v, mask, case == "causal", scale)
-    bound = 2e-2 if dtype == torch.bfloat16 else 1e-5
-    torch.testing.assert_close(out, want_out, rtol=bound, atol=bound)
-    torch.testing.assert_close(lse, want_lse, rtol=bound, atol=bound)
-    lse = lse.clamp(min=0.0) + 1.0  # other tiles add to it
-    found = tile_backward(grad, q, out.to(dtype), lse, k, v, mask, case == "causal", scale)
-    dq, dk, dv = plain_backward(grad, q, out.to(dtype), lse, whole_k, whole_v, mask, case == "causal", scale)
-    wanted = (dq, dk.unflatten(1, (2, 3)).sum(2), dv.unflatten(1, (2, 3)).sum(2))
-    for gradient, want in zip(found, wanted, strict=True):
-        torch.testing.assert_close(gradient, want, rtol=2 * bound, atol=2 * bound)
-
-
-def test_plain_operations_are_differentiated_rightly() -> None:
-    q, k, v, grad = (torch.randn(1, 2, 4, 3, dtype=torch.float64, requires_grad=True) for _ in range(4))
-    want = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3)
-    out, lse = plain_forward(q, k, v, None, True, 0.3)
-    torch.testing.assert_close(out, want)
-    wanted = torch.autograd.grad(want, (q, k, v), grad)
-    for gradient, expected in zip(plain_backward(grad, q, out, lse, k, v, None, True, 0.3), wanted, strict=True):
-        torch.testing.assert_close(gradient, expected)
 
 
 def test_heads_that_ranks_do_not_divide_are_refused() -> None:

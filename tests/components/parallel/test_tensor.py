@@ -6,12 +6,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from components.config.compute import ActivationCheckpoint, Compile
 from components.config.job_config import JobConfig
-from components.config.parallelism import Parallelism
+from components.config.parallelism import Comm, Parallelism
 from components.config.training import Loss, Training
 from components.layers.attention import Attention
 from components.layers.initialize import initialize
@@ -24,7 +25,7 @@ from components.parallel.context import split_sequence
 from components.parallel.tensor import tensor
 from components.runtime.errors import MeshError
 from models.decoder.model import Decoder
-from models.decoder.plan import decoder_plan
+from models.decoder.plan import decoder_plan, parallelize_decoder
 from models.llama3.args import Llama3Args
 from models.llama3.spec import load
 from models.train_spec import build_default_loss
@@ -172,6 +173,52 @@ def test_every_gradient_of_other_kinds_of_attention(args: KindArgs, degrees: Deg
         for name, gradient in want.gradients.items():
             error = (found.gradients[name] - gradient).norm()
             assert error <= 1e-5 * max(gradient.norm(), 1e-3 * want.norm), name
+
+
+def in_one_process(args: KindArgs, job: JobConfig) -> dict[str, Tensor]:
+    """The gradients, with all four ranks in this process."""
+    from torch.distributed._local_tensor import LocalTensor, LocalTensorMode  # no public name yet
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
+    with patch.object(Attention, "inits", drawn):
+        model: Any = plain_model(args)  # outside of the mode, in which each rank would draw its own numbers
+    batch = rows(args.vocab_size)
+    valid = (batch.labels != IGNORE).sum()
+    with LocalTensorMode(4):
+        dims = ParallelDims.build(Degrees(cp=2, tp=2), "cpu")
+        parallelize_decoder(model, dims, job, torch.float32)
+        piece = split_sequence(batch, dims.axis("cp"), job.parallelism)
+        logits = model.output(model(piece.tokens, piece.positions, piece.document_ids)).flatten(0, 1)
+        loss = F.cross_entropy(logits, piece.labels.flatten(), ignore_index=IGNORE, reduction="sum") / valid
+        loss.backward()
+        whole = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+        return {name: g.reconcile() if isinstance(g, LocalTensor) else g for name, g in whole.items()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        ("sinks", "ulysses"),
+        pytest.param("sinks", "allgather", marks=slow),
+        pytest.param("scale", "ulysses", marks=slow),
+    ],
+)
+def test_other_kinds_of_attention_with_all_ranks_in_one_process(kind: str, method: Any) -> None:
+    args = of_kind(replace(ARGS, vocab_size=52), kind)
+    config = Parallelism(
+        tensor_parallel_degree=2,
+        context_parallel_degree=2,
+        context_parallel_rotate_method=method,
+        disable_loss_parallel=True,
+    )
+    job = JobConfig(comm=Comm(mode="local_tensor"), parallelism=config)
+    with patch.object(Attention, "inits", drawn):
+        want = plain(args)
+    found = run_ranks(1, in_one_process, args, job, backend=None)[0]
+    assert found.keys() == want.gradients.keys()
+    for name, gradient in want.gradients.items():
+        assert (found[name] - gradient).norm() <= 1e-5 * max(gradient.norm(), 1e-3 * want.norm), name
 
 
 def test_bf16_stays_close() -> None:
