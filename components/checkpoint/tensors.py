@@ -175,17 +175,18 @@ def _entry(name: str, entry: Any, places: Mapping[MetadataIndex, Any]) -> Tensor
     return TensorEntry(str(entry.properties.dtype).removeprefix("torch."), [*entry.size], pieces)
 
 
-def parse_index(raw: bytes, sizes: Mapping[str, int]) -> Index:
-    """The index that these bytes are, checked against the checkpoint's files (name → bytes).
+def parse_index(raw: bytes, sizes: Mapping[str, int], what: str = INDEX) -> Index:
+    """The index that these bytes are, checked against the checkpoint's files (name → bytes). `what`: where they are
+    from, for messages.
 
     Raises CheckpointError for a piece outside its tensor or its file, and for tensors that are not filled exactly.
     """
     try:
         index = _ADAPTER.validate_json(raw, strict=True)
     except ValidationError as error:
-        raise CheckpointError(f"{INDEX} is not an index of tensors: {error.errors()[0]['msg']}") from error
+        raise CheckpointError(f"{what} is not an index of tensors: {error.errors()[0]['msg']}") from error
     if problems := [problem for name, entry in index.items() if (problem := _entry_problem(entry, sizes, name))]:
-        raise CheckpointError(f"{INDEX}: " + "; ".join(problems))
+        raise CheckpointError(f"{what}: " + "; ".join(problems))
     return index
 
 
