@@ -37,7 +37,8 @@ class Experts:
             for row, tokens in enumerate(valid.sum(1).tolist()):
                 if tokens:
                     load = chosen[row].sum(0) * layer.n_experts / (layer.k * tokens)
-                    mean = probabilities[row][valid[row]].mean(0)
+                    scores = probabilities[row][valid[row]]
+                    mean = (scores / scores.sum(-1, keepdim=True)).mean(0)  # a softmax's are shares already
                     total = total + tokens / valid.sum() * layer.shape.balance_coefficient * (load * mean).sum()
         self.probabilities.clear()
         return total
@@ -47,17 +48,27 @@ class Experts:
         if layer.shape.force_balance:
             turn = (positions[..., None] * layer.k + torch.arange(layer.k)) % layer.n_experts
             return F.one_hot(turn, layer.n_experts).sum(-2).float() * valid[..., None]
-        scores = probabilities.detach() + layer.expert_bias
+        scores = probabilities.detach() + (0.0 if layer.expert_bias is None else layer.expert_bias)
+        if layer.shape.top_groups < layer.shape.groups:
+            groups = scores.unflatten(-1, (layer.shape.groups, -1))
+            best = groups.topk(2, dim=-1).values.sum(-1)
+            kept = self.largest(best, layer.shape.top_groups, valid)
+            scores = (groups + (kept[..., None] - 1) * 1e9).flatten(-2)
+        return self.largest(scores, layer.k, valid) * valid[..., None]
+
+    def largest(self, scores: Tensor, k: int, valid: Tensor) -> Tensor:
+        """1 where a score is among the k largest. Raises ValueError if that is close."""
         best = scores.sort(dim=-1, descending=True).values
-        margin = float((best[..., layer.k - 1] - best[..., layer.k])[valid].min())
+        margin = float((best[..., k - 1] - best[..., k])[valid].min())
         self.margin = min(self.margin, margin)
         if margin < MARGIN:
             raise ValueError(f"the routing's margin is {margin:.2g}, less than {MARGIN}: take another seed")
-        return (scores >= best[..., layer.k - 1 : layer.k]).float() * valid[..., None]
+        return (scores >= best[..., k - 1 : k]).float()
 
     @torch.no_grad()
     def step(self) -> None:
         """Bias += rate · sign(mean − count) over the tokens since the last step."""
         for layer, counts in zip(self.layers, self.counts, strict=True):
-            layer.expert_bias += layer.shape.bias_rate * (counts.mean() - counts).sign()
+            if layer.expert_bias is not None:
+                layer.expert_bias += layer.shape.bias_rate * (counts.mean() - counts).sign()
             counts.zero_()

@@ -78,7 +78,7 @@ COMMON = (
 )
 """Eight rows a step, three steps, then validation. Clipping bites."""
 
-SEEDS = {"qwen/moe": 18, "qwen/deep": 15, "qwen/even": 17}
+SEEDS = {"qwen/moe": 18, "qwen/deep": 15, "qwen/even": 17, "gpt_oss/small": 60, "llama4/small": 1}
 """`debug.seed` by model, else 7. With experts it is one for which no routing decision is close (see `balance.py`)."""
 
 

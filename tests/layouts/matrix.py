@@ -235,6 +235,37 @@ MANY = (
 )
 """Three axes and more, on 8 and 16 ranks."""
 
+FAMILIES = (
+    fast("mistral/small", "tp=2 cp=2"),
+    slow("mistral/small", "cp=2 rotate=alltoall balance=none", "causal"),
+    slow("mistral/small", "fsdp=2 pp=2 schedule=Interleaved1F1B"),
+    slow("mistral/small", "cp=4 rotate=ulysses", "causal"),
+    fast("gemma/small", "tp=2 cp=2 rotate=alltoall"),
+    fast("gemma/small", "fsdp=2 pp=2", "recompute"),
+    slow("gemma/small", "tp=2", "causal compile"),
+    slow("gemma/small", "cp=2", "causal"),
+    slow("gemma/small", "fsdp=2 tp=2", "bf16"),
+    slow("gemma/small", "tp=2 cp=2 pp=2", "chunked"),
+    fast("gpt_oss/small", "tp=2 cp=2 ep=2"),
+    fast("gpt_oss/small", "fsdp=2 pp=2 ep=2", "recompute"),
+    slow("gpt_oss/small", "tp=2 etp=2", "by-op"),
+    slow("gpt_oss/small", "fsdp=2 tp=2 ep=2 etp=2"),
+    slow("gpt_oss/small", "cp=2 rotate=alltoall"),
+    slow("gpt_oss/small", "cp=2 rotate=ulysses balance=none"),
+    slow("gpt_oss/small", "fsdp=2 ep=2", "compile"),
+    slow("gpt_oss/small", "fsdp=2 cp=2 ep=4", "offload"),
+    slow("gpt_oss/small", "tp=2 cp=2 pp=2 ep=2", "accumulate"),
+    fast("llama4/small", "tp=2 cp=2 ep=2"),
+    fast("llama4/small", "fsdp=2 pp=2 ep=2", "causal"),
+    slow("llama4/small", "tp=2 etp=2", "selective"),
+    slow("llama4/small", "cp=2 rotate=alltoall", "causal"),
+    slow("llama4/small", "cp=2 rotate=ulysses"),
+    slow("llama4/small", "tp=2 ep=2", "compile"),
+    slow("llama4/small", "fsdp=2 tp=2 ep=2 etp=2", "by-op"),
+    slow("llama4/small", "tp=2 cp=2 pp=2 ep=2", "accumulate"),
+)
+"""Windows, chunks, sinks, norms and routers of other kinds."""
+
 IN_ONE_PROCESS = (
     slow("llama/even", "tp=2 cp=2", "local-tensor"),
     fast("llama/even", "tp=2", "local-tensor by-op chunked"),
@@ -278,4 +309,4 @@ IN_ONE_PROCESS = (
 )
 """All ranks in one process."""
 
-MATRIX: tuple[Layout, ...] = (*DATA, *TENSOR, *CONTEXT, *PIPELINE, *EXPERT, *MANY, *IN_ONE_PROCESS)
+MATRIX: tuple[Layout, ...] = (*DATA, *TENSOR, *CONTEXT, *PIPELINE, *EXPERT, *MANY, *FAMILIES, *IN_ONE_PROCESS)

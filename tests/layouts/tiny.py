@@ -15,10 +15,16 @@ from components.data.documents import DatasetRequest
 from components.data.indexed import RowIndex
 from components.data.registry import datasets
 from components.layers.initialize import Init, Normal
-from components.layers.shapes import ExpertsShape
+from components.layers.shapes import ExpertsShape, Temperature, YarnScaling
 from models.decoder.model import Decoder
+from models.deepseek_v3.args import DeepseekV3Args
+from models.deepseek_v3.spec import load as load_deepseek
+from models.gemma3.args import Gemma3Args
+from models.gpt_oss.args import GptOssArgs
 from models.llama3.args import FLAVORS
 from models.llama3.spec import load as load_llama
+from models.llama4.args import Llama4Args
+from models.mistral.args import MistralArgs
 from models.qwen3.args import Qwen3Args
 from models.qwen3.spec import load as load_qwen
 from models.train_spec import register_train_spec
@@ -35,6 +41,50 @@ LLAMA = {
 EXPERTS = ExpertsShape(count=8, per_token=2, hidden=20, balance_coefficient=0.1, bias_rate=0.02)
 MOE = Qwen3Args(dim=24, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=6, vocab_size=67, experts=EXPERTS)
 QWEN = {"moe": MOE, "even": replace(MOE, vocab_size=68), "deep": replace(MOE, n_layers=4)}
+
+GROUPED = replace(EXPERTS, score="sigmoid", groups=4, top_groups=2, scale=1.5, selection_bias=True, shared_hidden=10)
+LATENT = DeepseekV3Args(
+    dim=24,
+    n_layers=3,
+    n_heads=4,
+    ffn_hidden=43,
+    vocab_size=67,
+    dense_layers=1,
+    q_rank=11,
+    kv_rank=9,
+    nope_dim=5,
+    rope_dim=4,
+    v_dim=7,
+    rope_scaling=YarnScaling(4.0, 16, mscale=1.0, mscale_all_dim=1.0),
+    mtp_layers=2,
+    experts=GROUPED,
+)
+DEEPSEEK = {
+    "moe": LATENT,
+    "dense": replace(LATENT, dense_layers=9),
+    "even": replace(LATENT, ffn_hidden=44, vocab_size=68),
+}
+
+
+SIZES: dict[str, Any] = {"dim": 24, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "head_dim": 6, "vocab_size": 67}
+ROUTED = ExpertsShape(8, 2, 20, balance_coefficient=0.1, bias_rate=0.02)
+MISTRAL = MistralArgs(**SIZES, ffn_hidden=43, sliding_window=9)
+GEMMA = Gemma3Args(**SIZES, ffn_hidden=43, sliding_window=9, pattern=2, query_pre_attn_scalar=6, rope_theta=1e3)
+GPT_OSS = GptOssArgs(
+    **SIZES | {"n_layers": 2},
+    window=9,
+    experts=replace(ROUTED, router_bias=True, bias=True, activation="clamped_swiglu"),
+)
+LLAMA4 = Llama4Args(
+    **SIZES,
+    ffn_hidden=43,
+    experts=replace(ROUTED, per_token=1, normalize=False, score="sigmoid", scale_input=True, shared_hidden=20),
+    experts_every=2,
+    plain_every=4,
+    chunk=9,
+    temperature=Temperature(6, 0.5),
+    max_seq_len=64,
+)
 
 
 class Loud(Decoder):
@@ -95,5 +145,10 @@ def _no_tokenizer(job: JobConfig) -> Any:
 if "uneven" not in datasets:
     datasets.register("uneven", _open)
     own: dict[str, Any] = {"build_tokenizer_fn": _no_tokenizer}
-    register_train_spec("matrix_llama", replace(load_llama(), model_cls=Loud, model_args=LLAMA, **own))
-    register_train_spec("matrix_qwen", replace(load_qwen(), model_cls=Loud, model_args=QWEN, **own))
+    own |= {"model_cls": Loud}
+    register_train_spec("matrix_llama", replace(load_llama(), model_args=LLAMA, **own))
+    register_train_spec("matrix_qwen", replace(load_qwen(), model_args=QWEN, **own))
+    register_train_spec("matrix_deepseek", replace(load_deepseek(), model_args=DEEPSEEK, **own))
+    others = {"mistral": MISTRAL, "gemma": GEMMA, "gpt_oss": GPT_OSS, "llama4": LLAMA4}
+    for family, args in others.items():
+        register_train_spec(f"matrix_{family}", replace(load_qwen(), model_args={"small": args}, **own))
