@@ -112,7 +112,7 @@ def _write(out: str, step: int, boxes: Mapping[str, Box], state: dict[str, Any],
 
 def _open(path: str, tensors: Mapping[str, Tensor], adapter: Adapter, args: Any) -> TheirFiles:
     shapes = {name.removeprefix("model."): tuple(tensor.shape) for name, tensor in tensors.items()}
-    return open_hf(path, shapes, adapter, args, ALONE, quantized=True)
+    return open_hf(path, shapes, adapter, args, ALONE, quantized=None)
 
 
 def _outline(shape: Shape, dtype: torch.dtype) -> Box:

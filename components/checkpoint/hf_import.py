@@ -18,7 +18,7 @@ from components.checkpoint.hf_config import CONFIG, Adapter, parse_config
 from components.checkpoint.hf_quantized import read_source
 from components.checkpoint.hf_read import OpenFiles, portions
 from components.checkpoint.hf_record import Record, record_of
-from components.checkpoint.hf_sources import Quantized, Source, Sources, find_sources
+from components.checkpoint.hf_sources import Quantized, Source, Sources, find_sources, quantization
 from components.checkpoint.hf_weights import PART
 from components.checkpoint.links import Link, Shape
 from components.checkpoint.manifest import MANIFEST, read_manifest
@@ -96,21 +96,22 @@ def open_hf(
     ranks: Ranks,
     *,
     verify: Verify = "hashes",
-    quantized: bool = False,
+    quantized: bool | None = False,
     problems: Sequence[str] = (),
 ) -> TheirFiles:
     """Hugging Face weights, checked against the model whose tensors have these names, without the part, and shapes.
     Collective.
 
-    See `load_hf` for the arguments; `problems`: what else is wrong on this rank, to be told with the rest. Raises
-    CheckpointError on all ranks alike.
+    See `load_hf` for the arguments; `quantized` = None: as config.json says. `problems`: what else is wrong on this
+    rank, to be told with the rest. Raises CheckpointError on all ranks alike.
     """
     folder, what = open_folder(path), f"Hugging Face weights in '{path}'"
     if ranks.on_first(lambda: _is_export(folder), what):
         Verifier(open_storage(path), ranks, verify).require_whole(path)
     places, config = ranks.on_first(lambda: (read_places(folder), _read_config(folder)), what)
     table = ranks.everywhere(lambda: adapter.table(args, shapes), what)
-    sources = find_sources(places, config, adapter.nested, quantized)
+    expected = quantization(config) is not None if quantized is None else quantized
+    sources = find_sources(places, config, adapter.nested, expected)
 
     def check() -> None:
         wrong = [f"{CONFIG}: {problem}" for problem in adapter.config_problems(config, args)]

@@ -1,0 +1,234 @@
+"""scripts/convert.py between Hugging Face's files and ours: the same bytes, the same jobs, and a check that bites."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from components.checkpoint.checkpointer import Checkpointer
+from components.checkpoint.manifest import read_manifest
+from components.checkpoint.state import ALL_BUT_MODEL, model_tensors
+from components.checkpoint.storage import open_folder
+from components.layers.initialize import initialize
+from components.runtime.errors import CheckpointError
+from tests.trainer.runs import facts, train
+from trainer import convert, verify
+from trainer.build import build_on_meta, materialize, zero_buffers
+from trainer.convert import Target, target_of
+from trainer.exports import export_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+CUSTOM = "tests.trainer.tiny"
+JOB = ("--model.name=tiny_llama", "--model.flavor=untied")
+
+
+def tool(*arguments: str) -> int:
+    spec = importlib.util.spec_from_file_location("convert_tool", ROOT / "scripts/convert.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main([*arguments])
+
+
+def model_of(target: Target, seed: int = 1) -> Any:
+    model: Any = build_on_meta(target.spec, target.args, target.job)
+    materialize(model, "cpu")
+    zero_buffers(model, "cpu")
+    initialize(model, model.inits(), seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("wq.weight", "wk.weight")):
+                parameter.mul_(20.0)  # so that it matters where a query looks
+    return model
+
+
+def tensors_of(path: str, target: Target) -> dict[str, Tensor]:
+    """The tensors of a checkpoint of ours."""
+    tensors = model_tensors([model_of(target, seed=9)])
+    store = Checkpointer(path, keep_latest_k=0, group=None)
+    store.load(path, tensors, job=None, exclude=ALL_BUT_MODEL, cast=True)
+    return tensors
+
+
+def saved(root: Path, target: Target, seed: int = 1) -> str:
+    """A checkpoint of a model, step 4."""
+    store = Checkpointer(root, keep_latest_k=0, group=None)
+    tensors = model_tensors([model_of(target, seed)])
+    return store.save_model(4, tensors, target.identity({}), torch.float32).path
+
+
+def hf_of(folder: Path, target: Target, seed: int = 1, dtype: str = "float32") -> str:
+    """The same model as Hugging Face's files."""
+    return export_checkpoint(saved(folder / "ours", target, seed), str(folder / "hf"), dtype, None, CUSTOM)
+
+
+@pytest.mark.parametrize(
+    ("name", "flavor"), [("tiny_llama", "untied"), ("tiny_llama", "tied"), ("qwen3", "debugmodel_moe")]
+)
+def test_there_and_back_are_the_same_bytes(name: str, flavor: str, tmp_path: Path) -> None:
+    target = target_of(name, flavor, CUSTOM)
+    hf = hf_of(tmp_path, target)
+    path = convert.hf_to_dcp(hf, str(tmp_path / "back"), target)
+    manifest = read_manifest(open_folder(path))
+    assert (path, manifest.kind, manifest.step) == (str(tmp_path / "back/step-0"), "model_only", 0)
+    assert (manifest.fingerprint["model.name"], manifest.fingerprint["model.flavor"]) == (name, flavor)
+    first, second = tensors_of(str(tmp_path / "ours/step-4"), target), tensors_of(path, target)
+    assert {*first} == {*second}
+    for tensor_name, tensor in first.items():
+        assert torch.equal(tensor, second[tensor_name]), tensor_name
+    again = export_checkpoint(path, str(tmp_path / "again"), "source", None, CUSTOM)
+    for file in Path(hf).glob("*.safetensors"):
+        assert file.read_bytes() == (Path(again) / file.name).read_bytes()
+
+
+def test_weights_keep_their_type_or_take_another(tmp_path: Path) -> None:
+    target = target_of("tiny_llama", "untied", CUSTOM)
+    hf = hf_of(tmp_path, target, dtype="bfloat16")
+    types = {}
+    for dtype in ("source", "float32", "float16"):
+        path = convert.hf_to_dcp(hf, str(tmp_path / dtype), target, dtype)
+        index = json.loads((Path(path) / "tensors.json").read_bytes())
+        types[dtype] = {entry["dtype"] for entry in index.values()}
+        assert len({piece["file"] for entry in index.values() for piece in entry["pieces"]}) == len(index)
+    assert types == {"source": {"bfloat16"}, "float32": {"float32"}, "float16": {"float16"}}
+    first, second = (
+        tensors_of(str(tmp_path / "source/step-0"), target),
+        tensors_of(str(tmp_path / "float32/step-0"), target),
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_job_starts_from_it_as_from_the_files_themselves(tmp_path: Path) -> None:
+    target = target_of("tiny_llama", "untied", CUSTOM)
+    hf = hf_of(tmp_path, target)
+    path = convert.hf_to_dcp(hf, str(tmp_path / "dcp"), target)
+    convert.hf_to_dcp(hf, str(tmp_path / "seeded/checkpoint"), target)
+    on = "--checkpoint.enable=true"
+    start = f"--checkpoint.initial_load_path={hf}"
+    expected = train(1, tmp_path / "a", on, start, "--checkpoint.initial_load_in_hf=true")
+    loaded = train(1, tmp_path / "b", on, f"--checkpoint.initial_load_path={path}")
+    seeded = train(1, tmp_path / "seeded", on)
+    assert [*map(facts, loaded)] == [*map(facts, expected)] == [*map(facts, seeded)]
+
+
+def test_verify_compares_with_transformers_layer_by_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    target = target_of("tiny_llama", "untied", CUSTOM)
+    hf = hf_of(tmp_path, target)
+    how = ["--custom-import", CUSTOM, "--verify"]
+    model = ["--model.name", "tiny_llama", "--model.flavor", "untied"]
+    for dtype in ("source", "bfloat16"):
+        assert tool("hf-to-dcp", hf, str(tmp_path / dtype), *model, "--dtype", dtype, *how) == 0
+    told = capsys.readouterr().out
+    assert f'initial_load_path = "{tmp_path / "source"}/step-0"' in told
+    rows = [line.split("  ")[0] for line in told.splitlines()[-5:]]
+    assert rows == ["", "embeddings", "block 0", "block 1 and norm", "logits"]
+    ours = str(tmp_path / "ours/step-4")
+    assert tool("dcp2hf", ours, str(tmp_path / "out"), "--dtype", "bfloat16", *how) == 0
+    capsys.readouterr()
+
+    path = tmp_path / "other"
+    reference = verify.of_transformers(hf, target, "source")
+    found = verify.of_checkpoint(saved(path, target, seed=2), target, "source")
+    rows_found = verify.differences(found, reference)
+    assert not any(verify.passes(row, 1e-4) for row in rows_found)
+
+
+def test_verify_finds_rows_in_another_order_and_says_where(tmp_path: Path) -> None:
+    target = target_of("tiny_llama", "untied", CUSTOM)
+    right = model_of(target)
+    store = Checkpointer(tmp_path, keep_latest_k=0, group=None)
+    good = store.save_model(1, model_tensors([right]), target.identity({}), torch.float32).path
+    with torch.no_grad():
+        wq = right.layers["1"].attention.wq.weight
+        wq.copy_(wq.unflatten(0, (3, 4, 2)).transpose(1, 2).flatten(0, 2))
+    bad = store.save_model(2, model_tensors([right]), target.identity({}), torch.float32).path
+    traces = [verify.of_checkpoint(path, target, "source") for path in (bad, good)]
+    rows = verify.differences(*traces)
+    assert [verify.passes(row, 1e-4) for row in rows] == [True, True, False, False]
+    assert [row.absolute for row in rows[:2]] == [0.0, 0.0]
+    assert "block 1 and norm" in (text := verify.table(rows, 1e-4))
+    assert text.count("above 0.0001") == 2
+
+
+def test_what_is_not_a_number_does_not_pass() -> None:
+    good = verify.Trace([torch.ones(1, 2, 3)] * 3, torch.ones(1, 2, 5))
+    bad = verify.Trace([torch.ones(1, 2, 3)] * 3, torch.full((1, 2, 5), float("nan")))
+    assert [verify.passes(row, 1.0) for row in verify.differences(bad, good)] == [True, True, True, False]
+
+
+def test_wrong_input_is_told_and_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = target_of("tiny_llama", "untied", CUSTOM)
+    hf = hf_of(tmp_path, target)
+    out = str(tmp_path / "out")
+    wrong = ["--model.name", "tiny_llama", "--model.flavor", "tied", "--custom-import", CUSTOM]
+    assert tool("hf2dcp", hf, out, *wrong) == 2
+    assert "config.json: tie_word_embeddings = false, this model has true" in capsys.readouterr().err
+    assert tool("hf2dcp", hf, out, "--model.name", "lama3", "--model.flavor", "8B") == 2
+    assert "model.name = 'lama3': no such model family" in capsys.readouterr().err
+    assert tool("hf2dcp", str(tmp_path / "none"), out, *wrong) == 2
+    assert "none" in capsys.readouterr().err
+    assert not Path(out).exists()
+    convert.hf_to_dcp(hf, out, target)
+    with pytest.raises(CheckpointError, match="is there already: move it away, or take another folder"):
+        convert.hf_to_dcp(hf, out, target)
+
+
+MEASURE = """
+import resource, sys
+import torch
+from trainer import convert
+from tests.scripts.test_convert import wide
+target = wide()
+path, out = sys.argv[1:]
+convert.target_of("llama3", "debugmodel")
+torch.save(torch.zeros(8), out + ".warm")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+convert.hf_to_dcp(path, out, target, "float32")
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+def wide() -> Target:
+    """Eight blocks of 40 MB in fp32, of which the largest tensor has 12 MB."""
+    from dataclasses import replace
+
+    target = target_of("llama3", "debugmodel")
+    sizes: dict[str, Any] = {"dim": 1024, "n_layers": 8, "ffn_hidden": 3072, "vocab_size": 1024}
+    return replace(target, args=replace(target.args, **sizes))
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    target = wide()
+    root = tmp_path / "ours"
+    store = Checkpointer(root, keep_latest_k=0, group=None)
+    source = store.save_model(1, model_tensors([model_of(target)]), target.identity({}), torch.float32)
+    from components.checkpoint.hf_export import export_hf
+    from components.checkpoint.ranks import Ranks
+    from components.checkpoint.storage import open_storage
+
+    adapter = target.spec.state_dict_adapter
+    assert adapter is not None
+    manifest, hf = read_manifest(source), open_storage(str(tmp_path / "hf"))
+    hf.prepare()
+    export_hf(source, manifest, hf, "step-1", adapter, target.args, dtype="bfloat16", ranks=Ranks(None))
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path / "hf/step-1"), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
+    )
+    largest = 3072 * 1024 * 4
+    whole = 4 * target.args.parameter_count()
+    grown = int(done.stdout.splitlines()[-1])
+    assert whole > 25 * largest
+    assert grown < 8 * largest, f"{grown / 1e6:.0f} MB for a model of {whole / 1e6:.0f} MB"
