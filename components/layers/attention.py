@@ -93,7 +93,7 @@ class InnerAttention(nn.Module):
         """Causal attention, or attention by `mask` where there is one.
 
         With sinks, on a device without a kernel for it (see `attention_kernels`: on CUDA, with a mask), it holds
-        seq² numbers in fp32 for each head, several times in backward.
+        512 × seq numbers in fp32 for each head (`single`), several times in backward.
 
         Args:
             q: Queries. # (rows, heads, seq, head_dim)

@@ -65,9 +65,16 @@ class Tiling(NamedTuple):
     """The ranks, where keys travel; its `rank` is a plain integer."""
 
 
+BLOCK = 512
+"""Queries of a tile where there is a mask."""
+
+
 def single(queries: int, keys: int, causal: bool) -> Tiling:
-    """All queries against all keys at once."""
-    return Tiling(((Tile(0, queries, 0, keys, 0, causal),),))
+    """All queries against all keys; with a mask (not `causal`), for which not every device has a kernel, some queries
+    at a time, so that plain operations hold block × keys numbers for each head instead of queries × keys."""
+    block = queries if causal else BLOCK
+    starts = range(0, queries, block)
+    return Tiling((tuple(Tile(at, min(block, queries - at), 0, keys, 0, causal) for at in starts),))
 
 
 def tiled_attention(

@@ -47,7 +47,7 @@ def experts(count: int, per_token: int = 4, hidden: int = 2880) -> ExpertsShape:
 FLAVORS: Mapping[str, GptOssArgs] = MappingProxyType(
     {
         "debugmodel": GptOssArgs(
-            dim=256, n_layers=4, n_heads=8, n_kv_heads=2, vocab_size=2048, window=64, experts=experts(8, 2, 192)
+            dim=256, n_layers=4, n_heads=8, n_kv_heads=2, vocab_size=2048, window=48, experts=experts(8, 2, 192)
         ),
         "20b": GptOssArgs(dim=2880, n_layers=24, n_heads=64, n_kv_heads=8, experts=experts(32)),
         "120b": GptOssArgs(dim=2880, n_layers=36, n_heads=64, n_kv_heads=8, experts=experts(128)),

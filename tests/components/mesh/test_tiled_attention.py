@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from components.mesh.attention_kernels import plain_backward, plain_forward, tile_backward, tile_forward
-from components.mesh.tiled_attention import Tile, Tiling, tiled_attention
+from components.mesh.tiled_attention import BLOCK, Tile, Tiling, single, tiled_attention
 from components.runtime.errors import MeshError
 
 
@@ -62,6 +62,22 @@ def test_tiles_put_together_are_the_whole_with_every_gradient(sinks: torch.Tenso
     wanted = torch.autograd.grad(want, inputs, grad)
     for gradient, expected in zip(torch.autograd.grad(out, inputs, grad), wanted, strict=True):
         torch.testing.assert_close(gradient, expected)
+
+
+def test_some_queries_at_a_time_with_a_mask() -> None:
+    """Rows longer than a tile, tokens in any order, more keys than queries; and all at once where it is causal."""
+    assert single(5 * BLOCK, 5 * BLOCK, causal=True).steps == ((Tile(0, 5 * BLOCK, 0, 5 * BLOCK, 0, True),),)
+    generator, queries, keys = torch.Generator().manual_seed(0), 2 * BLOCK + 9, 2 * BLOCK + 30
+    q, k, v, grad = (torch.randn(1, 2, n, 4, generator=generator) for n in (queries, keys, keys, queries))
+    mask = torch.rand(1, 1, queries, keys, generator=generator) < 0.3
+    inputs, sinks = [x.requires_grad_() for x in (q, k, v)], torch.tensor([0.5, -2.0])
+    whole = Tiling(((Tile(0, queries, 0, keys, 0, False),),))
+    tiling = single(queries, keys, causal=False)
+    assert [tile.queries for tile in tiling.steps[0]] == [BLOCK, BLOCK, 9]
+    want, found = (tiled_attention(q, k, v, mask, each, None, sinks) for each in (whole, tiling))
+    torch.testing.assert_close(found, want)
+    for gradient, expected in zip(*(torch.autograd.grad(out, inputs, grad) for out in (found, want)), strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_keys_travel_between_ranks_only() -> None:

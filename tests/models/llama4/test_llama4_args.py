@@ -78,7 +78,7 @@ def test_published_configs_are_understood() -> None:
     ]
     config |= {"interleave_moe_layer_step": 3, "num_hidden_layers": 6, "no_rope_layer_interval": 2, "use_qk_norm": True}
     assert ADAPTER.config_problems({**config, "attn_temperature_tuning": 0}, FLAVORS["debugmodel"])[0] == (
-        "attention_chunk_size = 8192, this model has 96"
+        "attention_chunk_size = 8192, this model has 48"
     )
     assert [line for line in ADAPTER.config_problems(config, FLAVORS["debugmodel"]) if "layers" in line] == [
         "moe_layers = [2, 5], this model has [1, 3, 5]",
