@@ -54,12 +54,14 @@ def context_problems(job: JobConfig, n_heads: int) -> Iterator[str]:
     )
 
 
-def expert_problems(job: JobConfig, count: int = 0, hidden: int = 0) -> Iterator[str]:
-    """Experts (`count`, each `hidden` wide) that cannot be dealt out evenly, or none at all."""
+def expert_problems(job: JobConfig, count: int = 0, hidden: int = 0, biases: int = 0) -> Iterator[str]:
+    """Experts (`count`, each `hidden` wide, with output biases of `biases` elements) that cannot be dealt out evenly,
+    or none at all."""
     expert, tensor = job.parallelism.expert_parallel_degree, job.parallelism.expert_tensor_parallel_degree
     for kind, degree, size, what in (
         ("expert", expert, count, "experts"),
         ("expert_tensor", tensor, hidden, "columns"),
+        *([("expert_tensor", tensor, biases, "bias elements")] if biases else []),
     ):
         key = f"parallelism.{kind}_parallel_degree = {degree}"
         if degree > 1 and not count:

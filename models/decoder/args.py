@@ -152,7 +152,8 @@ class DecoderArgs:
 
     def _problems(self, job: JobConfig) -> Iterator[str]:
         experts = next((block.experts for block in self.blocks if block.experts), None)
-        yield from expert_problems(job, experts.count if experts else 0, experts.hidden if experts else 0)
+        sizes = (experts.count, experts.hidden, self.dim if experts.bias else 0) if experts else ()
+        yield from expert_problems(job, *sizes)
         for attention in dict.fromkeys(block.attention for block in self.blocks):
             yield from head_problems(attention.rotary_width)
             yield from tensor_problems(job, attention.n_heads, attention.n_kv_heads)

@@ -1,11 +1,14 @@
 """Shapes and counts of the GPT-OSS flavors, and what they are called in config.json."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from components.config.job_config import JobConfig
+from components.config.parallelism import Parallelism
 from components.layers.feed_forward import CLAMP, SLOPE
 from components.layers.shapes import Reach
 from models.gpt_oss.args import FLAVORS
@@ -107,4 +110,13 @@ def test_another_config_is_refused() -> None:
     assert ADAPTER.config_problems({"model_type": "gpt_oss"}, FLAVORS["20b"]) == [
         "num_experts = 128, this model has 32",
         "num_hidden_layers = 36, this model has 24",
+    ]
+
+
+def test_biases_of_experts_must_be_dealt_evenly_too() -> None:
+    args = replace(FLAVORS["debugmodel"], dim=250)
+    job = JobConfig(parallelism=Parallelism(tensor_parallel_degree=4, expert_tensor_parallel_degree=4))
+    assert [line for line in args.problems(job) if "expert" in line] == [
+        "parallelism.expert_tensor_parallel_degree = 4: 250 bias elements of each expert cannot be dealt evenly to 4"
+        " ranks; take a divisor of 250"
     ]
