@@ -210,7 +210,7 @@ def _require_still(args: HFArgs, config: Any) -> None:
     said = getattr(config, "rope_parameters", None)
     tables = [said, *said.values()] if isinstance(said, dict) else []  # one, or one for each kind of layer
     kinds = {table.get("rope_type") for table in tables if isinstance(table, dict)}
-    if moving := sorted(kinds & {"dynamic", "longrope"}):
+    if moving := [kind for kind in ("dynamic", "longrope") if kind in kinds]:
         raise refusal(args, f"rope_type {moving[0]!r}: frequencies would depend on the longest row of each microbatch")
 
 

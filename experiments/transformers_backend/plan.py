@@ -111,7 +111,7 @@ def tensor_styles(model: HFModel) -> tuple[dict[str, Style], list[str]]:
             if _is_norm(module):
                 styles[name] = Replicated()
             else:
-                reasons.append(f"{name}: nothing says how a {type(module).__name__} is cut")
+                reasons.append(f"{name}: nothing says how {type(module).__name__} is cut")
     return styles, list(dict.fromkeys(reasons))
 
 
@@ -197,7 +197,7 @@ class _Layer:
         if kind is not None and not kind.startswith("replicate"):
             self.reasons.append(f"{name}: {kind!r} of the model's plan has no counterpart here")
         elif not _is_norm(module):
-            self.reasons.append(f"{name}: nothing says how a {type(module).__name__} is cut")
+            self.reasons.append(f"{name}: nothing says how {type(module).__name__} is cut")
         elif not of_heads:
             self.reasons.append(f"{name}: it needs all heads at once")
         else:

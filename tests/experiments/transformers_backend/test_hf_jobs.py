@@ -54,7 +54,8 @@ def reference(name: str) -> list[dict[str, float]]:
     [
         ("llama", 2, ()),
         ("llama", 2, (TENSOR,)),
-        ("gemma2", 2, PIPELINE),
+        ("llama", 2, PIPELINE),
+        pytest.param("gemma2", 2, PIPELINE, marks=slow),
         pytest.param("llama", 2, ("--parallelism.data_parallel_replicate_degree=2",), marks=slow),
         pytest.param("llama", 1, ("--activation_checkpoint.mode=full",), marks=slow),
         pytest.param("llama", 2, COMPILED, marks=slow),

@@ -68,7 +68,7 @@ def test_heads_that_cannot_be_dealt_out(tmp_path: Path) -> None:
             {},
             [
                 "model.layers.*.mlp.experts: 'packed_colwise' of the model's plan has no counterpart here",
-                "model.layers.*.mlp.gate: nothing says how a Qwen3MoeTopKRouter is cut",
+                "model.layers.*.mlp.gate: nothing says how Qwen3MoeTopKRouter is cut",
             ],
         ),
     ],
@@ -84,10 +84,10 @@ def test_gpt2_is_data_parallel_only(tmp_path: Path) -> None:
     assert tensor(tmp_path, "gpt2") == [
         uncut,
         *(
-            f"model.h.*.{part}: nothing says how a Conv1D is cut"
+            f"model.h.*.{part}: nothing says how Conv1D is cut"
             for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
         ),
-        "model.wpe: nothing says how a Embedding is cut",
+        "model.wpe: nothing says how Embedding is cut",
     ]
     assert problems(tmp_path, "gpt2", "--parallelism.pipeline_parallel_degree=2") == [
         f"parallelism.pipeline_parallel_degree = 2: {uncut}; set it to 1"
