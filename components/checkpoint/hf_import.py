@@ -127,8 +127,8 @@ def _log(path: str, table: Table, sources: Sources) -> None:
     count = sum(isinstance(source, Quantized) for source in sources.found.values())
     told = f", {count} of them quantized in the files" if count else ""
     told += f"; left as initialized: {', '.join(sorted({*table.alone.values()}))}" if table.alone else ""
-    if sources.left_out:
-        told += f"; left out {len(sources.left_out)} tensors of other parts: {some(sources.left_out)}"
+    if left := [*sources.left_out, *(name for name in sources.found if table.leaves_out(name))]:
+        told += f"; left out {len(left)} tensors of other parts: {some(left)}"
     logger.info("loaded %d tensors of Hugging Face weights from '%s'%s", len(table.theirs), path, told)
 
 

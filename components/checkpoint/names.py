@@ -203,6 +203,10 @@ class Table:
         """What allows a tensor of theirs that is not in `theirs`; None: nothing does."""
         return next((extra for extra in self.extras if _pattern(extra.theirs).fullmatch(name)), None)
 
+    def leaves_out(self, name: str) -> bool:
+        """Whether it is one of those that are left out by how their names begin: of a part that the model has not."""
+        return name not in self.theirs and (extra := self.extra(name)) is not None and extra.theirs.endswith(".")
+
 
 def _named(pattern: str, layer: str) -> str:
     return pattern.replace("{layer}", layer)

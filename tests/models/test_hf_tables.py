@@ -9,7 +9,7 @@ import torch
 from components.checkpoint.state import model_tensors
 from models.train_spec import families
 
-FAMILIES = ("gemma3", "gpt_oss", "llama3", "llama4", "mistral", "qwen3")
+FAMILIES = ("deepseek_v3", "gemma3", "gpt_oss", "llama3", "llama4", "mistral", "qwen3")
 FLAVORS = [(name, flavor) for name in FAMILIES for flavor in families.lookup(name).flavors]
 
 
@@ -23,8 +23,9 @@ def test_a_flavor_is_covered(family: str, flavor: str) -> None:
     assert spec.state_dict_adapter is not None
     table = spec.state_dict_adapter.table(args, shapes)
     assert {*table.ours} | {*table.alone} == {*shapes}
-    assert sum(torch.Size(shape).numel() for shape in table.theirs.values()) == args.parameter_count()
-    assert sum(link.count for link in table.links) == args.parameter_count()
+    buffers = sum(torch.Size(shapes[name]).numel() for name in table.buffers)
+    assert sum(torch.Size(shape).numel() for shape in table.theirs.values()) == args.parameter_count() + buffers
+    assert sum(link.count for link in table.links) == args.parameter_count() + buffers
     assert ("lm_head.weight" in table.theirs) != spec.state_dict_adapter.to_config(args)["tie_word_embeddings"]
     assert table.theirs["model.embed_tokens.weight"] == shapes["tok_embeddings.weight"]
 
