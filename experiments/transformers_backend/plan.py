@@ -36,7 +36,7 @@ USUAL = {
     "fc2": "rowwise",
 }
 """Names that mean the same in all models that have them."""
-HEADS = {"q_proj", "k_proj", "v_proj"}
+HEADS = frozenset({"q_proj", "k_proj", "v_proj"})
 """Linear layers whose outputs are heads."""
 
 
