@@ -1,7 +1,7 @@
 """The shapes of the Mistral family. Torch-free, so that `check` and the dry run's arithmetic start at once.
 
-7B, Nemo, and Small 3, which from 3.1 on stands in files beside a vision tower, which is left out. Only the first 7B has a
-window; later ones see all of their document.
+7B, Nemo, and Small 3, which from 3.1 on stands in files beside a vision tower, which is left out. Only the first 7B has
+a window; later ones see all of their document.
 """
 
 from collections.abc import Mapping
