@@ -92,7 +92,7 @@ def mistral(rng: random.Random) -> DecoderArgs:
 
 
 def gemma3(rng: random.Random) -> DecoderArgs:
-    sizes = {**small(rng), "n_layers": 3}
+    sizes: dict[str, Any] = {**small(rng), "n_layers": 3}
     return Gemma3Args(
         dim=sizes["n_heads"] * rng.choice([4, 6]),
         head_dim=rng.choice([6, 10]),
