@@ -19,7 +19,9 @@ from components.checkpoint.storage import open_folder
 from components.checkpoint.unpickle import METADATA, read_contents
 from components.config.job_config import JobConfig
 from components.config.model import Model
+from components.config.moe import MoE
 from components.config.optim import Optimizer
+from components.layers.shapes import ExpertsShape
 from components.optim.optimizers import build_optimizers
 from components.runtime.errors import CheckpointError, ConfigError
 from models.llama3.args import FLAVORS as LLAMA3
@@ -27,6 +29,7 @@ from models.qwen3.args import FLAVORS as QWEN3
 from models.train_spec import families
 from tests.ranks import run_ranks
 from tests.scripts import titan_twin as titan
+from tests.trainer.runs import launch, train
 from trainer.build import build_on_meta, materialize, zero_buffers
 from trainer.convert import Target, target_of, titan_to_dcp
 
@@ -119,6 +122,31 @@ def test_with_adams_state_the_next_step_is_the_same(name: str, tmp_path: Path) -
     assert (weights, manifest.kind) == (str(tmp_path / "weights/step-0"), "model_only")
 
 
+@pytest.mark.slow
+def test_a_job_goes_on_from_it_with_the_steps_and_the_moments(tmp_path: Path) -> None:
+    args = LLAMA3["debugmodel"]
+    twin = titan.Titan(args, neighbours=True)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.mul_(0.1 if parameter.ndim > 1 else 1.0)
+    adam = titan.optimizer_of(twin)
+    titan.train(twin, adam, args, range(2))
+    titan.save(tmp_path / "titan", twin, adam, 2)
+    path = titan_to_dcp(str(tmp_path / "titan"), str(tmp_path / "dcp"), target_of("llama3", "debugmodel"))
+    model = ("--experimental.custom_import=", "--model.name=llama3", "--model.flavor=debugmodel")
+    start = ("--checkpoint.enable=true", f"--checkpoint.initial_load_path={path}")
+    whole = (*model, *start, "--checkpoint.initial_load_model_only=false", "--training.steps=4")
+    (told,) = launch(1, tmp_path / "refused", *whole)
+    assert told.code == 2
+    assert "missing in its state: dataloader" in told.stderr
+    found = train(1, tmp_path / "run", *whole, "--checkpoint.exclude_from_loading=dataloader")
+    weights = train(1, tmp_path / "weights", *model, *start, "--training.steps=4")
+    assert [record["step"] for record in found] == [3, 4]
+    assert [record["step"] for record in weights] == [1, 2, 3, 4]
+    assert found[0]["loss"] == weights[0]["loss"]  # the same weights on the same rows
+    assert found[1]["loss"] != weights[1]["loss"]  # moved by moments that were there
+
+
 def saved_by_ranks(folder: Path) -> None:
     args = ARGS["llama3"]
     twin = titan.Titan(args, neighbours=True)
@@ -141,6 +169,25 @@ def test_shards_of_several_ranks_are_put_together(tmp_path: Path) -> None:
     tokens = titan.tokens_of(target.args, 99)
     with torch.no_grad():
         torch.testing.assert_close(logits(loaded(path, target), tokens), twin(tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_experts_and_their_selection_bias_are_taken_over(tmp_path: Path) -> None:
+    experts = ExpertsShape(count=4, per_token=2, hidden=20)
+    target = target_for("qwen3", experts=experts, ffn_hidden=0)
+    biased = ours(replace(target, job=replace(target.job, moe=MoE(bias_rate=0.001))))
+    theirs = {name: torch.randn_like(tensor) for name, tensor in biased.state_dict().items()}
+    assert {"layers.1.moe.experts.w2", "layers.1.moe.router.gate.weight", "layers.1.moe.expert_bias"} <= {*theirs}
+    titan.write(tmp_path / "titan", theirs)
+    path = titan_to_dcp(str(tmp_path / "titan"), str(tmp_path / "out"), target)
+    found = loaded(path, target_of_checkpoint_like(path, target))
+    for name, tensor in found.state_dict().items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def target_of_checkpoint_like(path: str, target: Target) -> Target:
+    """The target with the selection bias that the checkpoint's fingerprint says it has."""
+    rate = read_manifest(open_folder(path)).fingerprint["moe.bias_rate"]
+    return replace(target, job=replace(target.job, moe=MoE(bias_rate=rate)))
 
 
 def error_of(folder: Path, target: Target, **how: Any) -> str:

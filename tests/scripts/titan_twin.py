@@ -128,6 +128,11 @@ def save(
         state["lr_scheduler"] = {"last_epoch": step, "_last_lr": [3e-3]}
         state["train_state"] = {"step": step, "ntokens_seen": 24 * step}
         state["dataloader"] = {"dp_rank_0": b"something pickled", "world_size": 1}
+    write(folder, state, alone)
+
+
+def write(folder: Path, state: dict[str, Any], alone: bool = True) -> None:
+    """Save it with torch's own tools."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         dcp.save(state, checkpoint_id=str(folder), no_dist=alone)
