@@ -15,6 +15,7 @@ from components.layers.initialize import Constant, Init
 from components.layers.norm import norm, norm_inits, unweighted_norm
 from components.layers.rotary import Rotation, apply_rotary
 from components.layers.shapes import AttentionShape, NormShape, Reach, Temperature
+from components.mesh.attention_kernels import for_all_heads
 from components.mesh.batch import Part
 from components.mesh.tiled_attention import Tiling, single, tiled_attention
 
@@ -109,6 +110,8 @@ class InnerAttention(nn.Module):
         if sinks is not None or tiling is not None:
             tiling = tiling or single(q.shape[2], k.shape[2], causal=mask is None)
             return tiled_attention(q, k, v, mask, tiling, self.scale, sinks)
+        if mask is not None and q.device.type == "cuda":  # no fused kernel there takes both a mask and shared keys
+            k, v = for_all_heads(q, k), for_all_heads(q, v)
         grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=grouped

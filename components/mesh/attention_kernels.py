@@ -32,7 +32,7 @@ def tile_forward(
         Output, 0 for a query that sees no key # (rows, heads, queries, value_dim), and lse, then −∞.
         # (rows, heads, queries)
     """
-    k, v = _for_all_heads(q, k), _for_all_heads(q, v)
+    k, v = for_all_heads(q, k), for_all_heads(q, v)
     if _on_cpu(q, v):
         out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, causal, attn_mask=_bias(q, mask), scale=scale
@@ -62,7 +62,7 @@ def tile_backward(
     `grad`, `out` and `lse` are those of the queries' whole attention, over all tiles; the rest is as in `tile_forward`.
     """
     kv_heads, dtype = k.shape[1], lse.dtype
-    k, v = _for_all_heads(q, k), _for_all_heads(q, v)
+    k, v = for_all_heads(q, k), for_all_heads(q, v)
     if _on_cpu(q, v):
         dq, dk, dv = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, q, k, v, out, lse, 0.0, causal, attn_mask=_bias(q, mask), scale=scale
@@ -132,7 +132,7 @@ def _bias(q: Tensor, mask: Tensor | None) -> Tensor | None:
     return None if mask is None else torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
 
 
-def _for_all_heads(q: Tensor, k: Tensor) -> Tensor:
+def for_all_heads(q: Tensor, k: Tensor) -> Tensor:
     """Each key head as often as queries share it: the kernels would read beyond the end."""
     return k if q.shape[1] == k.shape[1] else k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
 
