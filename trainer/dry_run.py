@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from components.config.compute import Compile
 from components.estimate.footprint import Footprint, footprint
+from components.loss.ahead import AheadLoss
 from components.mesh.batch import Batch
 from components.mesh.degrees import Degrees, resolve_degrees
 from components.mesh.parallel_dims import ParallelDims
@@ -53,7 +54,7 @@ class DryTrainer(Trainer):
         self.args = get_args(job.model.name, job.model.flavor)
         self.stages = lay_out(self.spec, self.args, self.job, dims, self.dtype)
         self.models = [stage.module for stage in self.stages]
-        self.loss_fn = self.spec.build_loss_fn(self.job)
+        self.loss_fn = AheadLoss(self.spec.build_loss_fn(self.job), self.job.loss.mtp_coefficient)
         self.pipeline = build_pipeline(self.stages, self.job, dims, DEVICE, self.dtype, self.loss_fn)
 
     def microbatches(self, batch: Batch, size: int) -> list[Batch]:
