@@ -7,7 +7,6 @@ flavors' shapes, and configs are resolved by the very code that a job is: a tabl
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from components.config.nearest import did_you_mean
@@ -61,12 +60,10 @@ def _flavor(name: str, flavor: str, args: ModelArgs) -> Row:
 def active_parameters(args: DecoderArgs) -> int:
     """Parameters that one token meets: all but those of the experts that it does not go to."""
     idle = 0
-    for experts in (block.experts for block in args.blocks):
+    for experts in (block.experts for block in (*args.blocks, *args.ahead)):
         if experts is not None:
-            per_expert = replace(experts, router_bias=False)
-            one_more = replace(per_expert, count=experts.count + 1)
-            one = one_more.parameters(args.dim) - per_expert.parameters(args.dim) - args.dim  # without its router's row
-            idle += (experts.count - experts.per_token) * one
+            idle += experts.matrices(args.dim, experts.count) - experts.matrices(args.dim)
+            idle += (experts.count - experts.per_token) * (2 * experts.hidden + args.dim) * experts.bias
     return args.parameter_count() - idle
 
 
