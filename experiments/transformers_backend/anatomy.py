@@ -22,7 +22,7 @@ from components.layers.shapes import Reach
 from components.runtime.errors import ConfigError
 from experiments.transformers_backend.args import HFArgs
 from experiments.transformers_backend.attention import ROWS, Rows, attention, register
-from experiments.transformers_backend.build import hf_model, refusal
+from experiments.transformers_backend.build import body_name, hf_model, refusal
 from experiments.transformers_backend.first_values import record
 from experiments.transformers_backend.model import HFModel, bend_of
 
@@ -99,13 +99,13 @@ def examine(args: HFArgs) -> Anatomy:
         model = HFModel.__new__(HFModel)
         nn.Module.__init__(model)
         _require_still(args, whole.config)
-        if "position_ids" not in inspect.signature(whole.base_model.forward).parameters:
+        if "position_ids" not in inspect.signature(whole.get_submodule(body_name(whole)).forward).parameters:
             raise refusal(args, f"{type(whole).__name__} takes no position_ids, which each packed document counts anew")
         first = record(whole)
         logits = _run(args, whole, seen, first.derived)
         model.take(args, whole, first)
     _require_trainable(args, whole, seen, logits)
-    return _describe(args, model, whole.base_model_prefix, seen)
+    return _describe(args, model, body_name(whole), seen)
 
 
 def _looking_on(seen: _Seen) -> Callable[..., Any]:
@@ -142,7 +142,7 @@ def _run(args: HFArgs, whole: Any, seen: _Seen, derived: list[Any]) -> Tensor:
         hooks.append(module.register_forward_pre_hook(_entering(seen, name), with_kwargs=True))
         hooks.append(module.register_forward_hook(_leaving(seen, name)))
     positions = torch.arange(_LENGTH)[None]
-    setattr(whole.base_model.config, ROWS, Rows(positions, positions))
+    setattr(whole.get_submodule(body_name(whole)).config, ROWS, Rows(positions, positions))
     whole.config._experts_implementation = "batched_mm"  # the one whose steps can be taken without values
     for each in derived:
         each.place(positions.device)
@@ -160,7 +160,7 @@ def _run(args: HFArgs, whole: Any, seen: _Seen, derived: list[Any]) -> Tensor:
     finally:
         for hook in hooks:
             hook.remove()
-        delattr(whole.base_model.config, ROWS)
+        delattr(whole.get_submodule(body_name(whole)).config, ROWS)
     return out.logits
 
 
@@ -198,10 +198,10 @@ def _require_trainable(args: HFArgs, whole: Any, seen: _Seen, logits: Tensor) ->
             f"{len(seen.layers)} of {count} layers ask transformers for attention: what mixes tokens in the others"
             " would run across documents",
         )
-    head = _place(whole, whole.get_output_embeddings())
+    head, body = _place(whole, whole.get_output_embeddings()), seen.left.get(body_name(whole))
     if bend_of(config) is None and seen.left[head] is not logits:
         raise refusal(args, f"{type(whole).__name__} does something to its logits that no known field says")
-    if _root(seen.entered[head][0][0]) is not _root(seen.left[whole.base_model_prefix]):
+    if body is None or _root(seen.entered[head][0][0]) is not _root(body):
         raise refusal(args, f"{type(whole).__name__} does something between its body and its head")
 
 

@@ -38,7 +38,14 @@ def hf_model(args: HFArgs, attention: str) -> Any:
     try:
         return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
     except Exception as error:  # their code checks what it is given, each model in its own way
+        if error.args == (attention,):
+            raise refusal(args, f"{config.model_type} computes attention of its own, across documents") from error
         raise refusal(args, f"transformers cannot build {config.model_type}: {error}") from error
+
+
+def body_name(model: Any) -> str:
+    """What a causal language model calls its body, all but the head. Not all have it where they say."""
+    return model.base_model_prefix if hasattr(model, model.base_model_prefix) else "model"
 
 
 def refusal(args: HFArgs, why: str) -> ConfigError:

@@ -21,7 +21,7 @@ from components.checkpoint.names import Rename, Rule, TheirsAlone
 from components.runtime.errors import CheckpointError, ConfigError
 from experiments.transformers_backend.args import CONFIG, HFArgs
 from experiments.transformers_backend.attention import NAME
-from experiments.transformers_backend.build import hf_config, hf_model
+from experiments.transformers_backend.build import body_name, hf_config, hf_model
 
 SILENT = frozenset(
     {
@@ -95,7 +95,7 @@ def rules(args: HFArgs) -> tuple[Rule, ...]:
     """The table of names. Raises CheckpointError for tensors that they save in another form than rows of ours."""
     with torch.device("meta"):
         model = hf_model(args, NAME)
-    body, head = f"{model.base_model_prefix}.", f"{_head_name(model)}."
+    body, head = f"{body_name(model)}.", f"{_head_name(model)}."
     found: dict[Rule, None] = {}
     for name, value in model.state_dict(keep_vars=True).items():
         if name.startswith(head) and model.config.tie_word_embeddings and name.endswith(".weight"):
@@ -156,7 +156,7 @@ def extras(args: HFArgs) -> tuple[TheirsAlone, ...]:
         model = hf_model(args, NAME)
     derived = [_numbered(n) for n, _ in model.named_buffers() if n not in model.state_dict()]
     alone = [TheirsAlone(name) for name in dict.fromkeys(derived)]
-    alone.append(TheirsAlone(f"{model.base_model_prefix}.layers.{{layer}}.self_attn.rotary_emb.inv_freq"))
+    alone.append(TheirsAlone(f"{body_name(model)}.layers.{{layer}}.self_attn.rotary_emb.inv_freq"))
     if not model.config.tie_word_embeddings:
         return tuple(alone)
     embedding = model.get_input_embeddings()

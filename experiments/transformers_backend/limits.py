@@ -1,10 +1,14 @@
 """What a model of transformers cannot do in a layout, as lines of a job's problems."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from components.config.job_config import JobConfig
+from components.mesh.plan import Columns, Rows, Style
+from components.parallel.modules import find
 from components.parallel.pipeline_cut import cut_problems
 from experiments.transformers_backend.args import HFArgs
 from experiments.transformers_backend.model import HFModel
@@ -42,8 +46,45 @@ def _tensor(args: HFArgs, job: JobConfig) -> Iterator[str]:
     if degree == 1:
         return
     with torch.device("meta"):
-        _, reasons = tensor_styles(HFModel(args))
+        model = HFModel(args)
+        styles, reasons = tensor_styles(model)
+        heads = {(layer.heads, layer.kv_heads) for layer in args.anatomy.layers}
+        undealt = [line for layer in sorted(heads) for line in tensor_problems(job, *layer)]
+        if not reasons and not undealt:
+            reasons = list(_with_pieces(model, styles, degree))
     for reason in reasons:
         yield f"parallelism.tensor_parallel_degree = {degree}: {reason}; set it to 1"
-    for layer in dict.fromkeys((layer.heads, layer.kv_heads) for layer in args.anatomy.layers):
-        yield from tensor_problems(job, *layer)
+    yield from undealt
+
+
+def _with_pieces(model: HFModel, styles: Mapping[str, Style], degree: int) -> Iterator[str]:
+    """Why their code cannot compute with a piece of the heads and features, found by letting it; nothing if it can."""
+    for pattern, style in styles.items():
+        for module in find(model, (pattern,)).values():
+            if isinstance(style, Columns) and isinstance(module, nn.Linear):
+                module.forward = _giving(max(_share(module.out_features, style.unit, degree), style.unit))
+            elif isinstance(style, Rows) and isinstance(module, nn.Linear):
+                module.forward = _taking(_share(module.in_features, style.unit, degree), module.out_features)
+    tokens = torch.zeros(1, 8, dtype=torch.int64)
+    try:
+        model(tokens, positions=tokens)
+    except Exception as error:  # their code, which may count on whatever it likes
+        yield f"the code of {type(model.model).__name__} counts on all heads and features ({error})"
+
+
+def _share(features: int, unit: int, degree: int) -> int:
+    """The first rank's features."""
+    return features // degree if unit > 1 else -(-features // degree)
+
+
+def _giving(features: int) -> Callable[..., Any]:
+    return lambda x: x.new_empty(*x.shape[:-1], features)
+
+
+def _taking(features: int, out: int) -> Callable[..., Any]:
+    def forward(x: Tensor) -> Tensor:
+        if x.shape[-1] != features:
+            raise ValueError(f"{x.shape[-1]} features instead of {features}")
+        return x.new_empty(*x.shape[:-1], out)
+
+    return forward

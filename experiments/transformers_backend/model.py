@@ -17,7 +17,7 @@ from components.layers.initialize import Init
 from components.mesh.projection import Projection
 from experiments.transformers_backend.args import HFArgs
 from experiments.transformers_backend.attention import NAME, ROWS, Rows
-from experiments.transformers_backend.build import hf_model, refusal
+from experiments.transformers_backend.build import body_name, hf_model, refusal
 from experiments.transformers_backend.first_values import FirstValues, record
 
 Bend = Callable[[Tensor], Tensor]
@@ -67,8 +67,8 @@ class HFModel(nn.Module):
     def take(self, args: HFArgs, whole: Any, first: FirstValues) -> None:
         """Be made of that model, whose first values are known."""
         self.args = args
-        self.embedding_name = "model." + _name_of(whole.base_model, whole.get_input_embeddings())
-        self.model = whole.base_model
+        self.model = whole.get_submodule(body_name(whole))
+        self.embedding_name = "model." + _name_of(self.model, whole.get_input_embeddings())
         self.output = _head(args, whole)
         self.derived = first.derived
         self.first = {name: first.inits[id(p)] for name, p in self.named_parameters(remove_duplicate=False)}

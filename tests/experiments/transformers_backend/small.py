@@ -8,7 +8,7 @@ import torch
 
 from components.layers.initialize import initialize
 from experiments.transformers_backend.args import HFArgs
-from experiments.transformers_backend.build import hf_config
+from experiments.transformers_backend.build import body_name, hf_config
 from experiments.transformers_backend.model import HFModel
 from trainer.build import materialize, zero_buffers
 
@@ -42,6 +42,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
     "qwen3": {**SIZES, "head_dim": 8},
+    "stablelm": {**SIZES, "attention_dropout": 0.0, "hidden_dropout": 0.0},  # ships no plan
+    "olmo": SIZES,  # norms without weights
+    "cohere": SIZES,  # scales its logits
     "gpt2": {
         "vocab_size": 67,
         "n_embd": 32,
@@ -85,7 +88,7 @@ def theirs(args: HFArgs, model: HFModel) -> tuple[Any, dict[str, str]]:
 
     other = AutoModelForCausalLM.from_config(hf_config(args), attn_implementation="eager").train()
     head = next(name for name, module in other.named_modules() if module is other.get_output_embeddings())
-    body = {name: name.replace("model.", f"{other.base_model_prefix}.", 1) for name in model.state_dict()}
+    body = {name: name.replace("model.", f"{body_name(other)}.", 1) for name in model.state_dict()}
     names = {name: name.replace("output.", f"{head}.", 1) if name[:7] == "output." else to for name, to in body.items()}
     with torch.no_grad():
         for name, parameter in model.named_parameters(remove_duplicate=False):

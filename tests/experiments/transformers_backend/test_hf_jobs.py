@@ -103,6 +103,8 @@ def cut(flavor: str) -> dict[str, Tensor]:
         pytest.param("llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}, marks=slow),
         pytest.param("qwen3", {"final_logit_softcapping": 2.0}, marks=slow),
         pytest.param("mistral", {}, marks=slow),
+        pytest.param("olmo", {"base_model_tp_plan": None}, marks=slow),
+        pytest.param("cohere", {}, marks=slow),
     ],
 )
 def test_gradients_are_the_same_under_tensor_parallelism(name: str, fields: dict[str, Any], tmp_path: Path) -> None:

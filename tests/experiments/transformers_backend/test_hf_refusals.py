@@ -5,9 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from components.mesh.plan import Columns, Gathered, Rows
 from components.runtime.errors import ConfigError
 from experiments.transformers_backend.args import Folders
+from experiments.transformers_backend.model import HFModel
+from experiments.transformers_backend.plan import tensor_styles
 from tests.experiments.transformers_backend.small import folder
 from trainer.config.load import load_job
 
@@ -22,9 +26,27 @@ def tensor(path: Path, name: str, degree: int = 2, **fields: Any) -> list[str]:
     return [line.removeprefix(start).removesuffix(end) for line in lines]
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral", "qwen3", "cohere"])
 def test_tensor_parallelism_follows_the_plan_that_the_model_ships(name: str, tmp_path: Path) -> None:
     assert tensor(tmp_path, name) == []
+
+
+def test_a_plan_is_derived_where_the_model_ships_none(tmp_path: Path) -> None:
+    args = Folders()[folder(tmp_path, "olmo", base_model_tp_plan=None)]
+    with torch.device("meta"):
+        styles, reasons = tensor_styles(HFModel(args))
+    attention, feed_forward = "model.layers.*.self_attn", "model.layers.*.mlp"
+    assert reasons == []
+    assert styles == {
+        attention: Gathered(),
+        **{f"{attention}.{name}_proj": Columns(unit=8) for name in "qkv"},
+        f"{attention}.o_proj": Rows(unit=8),
+        feed_forward: Gathered(),
+        f"{feed_forward}.gate_proj": Columns(),
+        f"{feed_forward}.up_proj": Columns(),
+        f"{feed_forward}.down_proj": Rows(),
+    }
+    assert tensor(tmp_path, "olmo", base_model_tp_plan=None) == []
 
 
 def test_heads_that_cannot_be_dealt_out(tmp_path: Path) -> None:
@@ -45,6 +67,14 @@ def test_heads_that_cannot_be_dealt_out(tmp_path: Path) -> None:
             ],
         ),
         ("gemma2", {}, ["model.embed_tokens is a Gemma2TextScaledWordEmbedding, which does more than to look up"]),
+        (
+            "stablelm",
+            {},
+            [
+                "the code of StableLmModel counts on all heads and features (shape '[1, 8, 4, 8]' is invalid for input"
+                " of size 128)"
+            ],
+        ),
         (
             "llama",
             {"pad_token_id": 0},
@@ -133,6 +163,12 @@ def test_layouts_that_no_model_can(tmp_path: Path) -> None:
             "rope_type 'dynamic': frequencies would depend on the longest row of each microbatch",
         ),
         ("llama", {"model_type": "x"}, "the installed transformers knows no model_type 'x'; code beside it is not run"),
+        ("llama", {"model_type": "falcon"}, "falcon computes attention of its own, across documents"),
+        (
+            "llama",
+            {"model_type": "opt", "dropout": 0, "word_embed_proj_dim": 32},
+            "OPTForCausalLM does something between its body and its head",
+        ),
         (
             "llama",
             {"model_type": "bloom"},
