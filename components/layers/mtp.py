@@ -1,11 +1,12 @@
 """A module of multi-token prediction (DeepSeek-V3, 2024, section 2.2): it carries the hidden states of each token, and
 the token that follows so many places later, to hidden states that the head predicts one token further ahead from.
 
-    h_k = norm(block(eh_proj [enorm(embedding of token i + k), hnorm(h_(k - 1) of token i)]))
+    h_k = norm_k(block(eh_proj [enorm(embedding of token i + k), hnorm(h_(k - 1) of token i)]))
 
 The report leaves open which states a module gets. Here they are those that the head gets: normed, by the model's last
 norm or by that of the module before; so do those who serve the published weights, and transformers. Embedding and head
-are the model's own, which is why neither stands here.
+are the model's own, which is why neither stands here. Nor does norm_k: like the model's last norm it stands between
+blocks and head. (In the block's recomputation it would run before FSDP knows that experts are needed in backward.)
 """
 
 import torch
@@ -25,7 +26,6 @@ class Ahead(nn.Module):
         self.enorm, self.hnorm = norm(dim, norms), norm(dim, norms)
         self.eh_proj = nn.Linear(2 * dim, dim, bias=False)
         self.block = block
-        self.norm = norm(dim, norms)
 
     def forward(
         self,
@@ -36,8 +36,7 @@ class Ahead(nn.Module):
         positions: Tensor,
         shares: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Hidden states and embeddings (rows, seq, dim) → hidden states (rows, seq, dim), and what the block returns
-        besides. What follows is the block's."""
+        """Hidden states and embeddings (rows, seq, dim) → hidden states before norm_k (rows, seq, dim), and what the
+        block returns besides. The other arguments are the block's."""
         x = self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(hidden)), dim=-1))
-        x, counts = self.block(x, turn, mask, positions, shares)
-        return self.norm(x), counts
+        return self.block(x, turn, mask, positions, shares)

@@ -173,7 +173,8 @@ class Pipeline:
             input_args=tokens if stage.first else hidden,
             output_args=self._border(stage, rows * (1 + depth), seq, torch.device("meta")).requires_grad_(),
             group=self.axis.group,
-            dw_builder=_nothing_left if self._whole_backward else None,
+            # torch's halves go by the way from a stage's input; what looks ahead has an embedding beside that way.
+            dw_builder=_nothing_left if self._whole_backward or depth else None,
         )
 
     def _scalar_loss(self, hidden: Tensor, target: Tensor) -> Tensor:

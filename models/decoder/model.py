@@ -75,6 +75,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleDict({str(i): Block(args, shape) for i, shape in enumerate(blocks)})
         ahead = (Ahead(args.dim, args.norms, Block(args, shape)) for shape in args.ahead)
         self.mtp = nn.ModuleDict({str(i): module for i, module in enumerate(ahead)})
+        self.mtp_norms = nn.ModuleDict({name: norm(args.dim, args.norms) for name in self.mtp})
         self.norm = norm(args.dim, args.norms)
         self.output = Head(args.dim, args.vocab_size)
         if args.tied_embeddings:
@@ -117,7 +118,7 @@ class Decoder(nn.Module):
         for depth, module in enumerate(modules):
             token, share = (None if of is None else of[..., depth] for of in (ahead, ahead_shares))
             out = module(found[-1], self.embed(token), *around(module.block), positions, share)
-            found.append(self._observed(module.block, out))
+            found.append(self.mtp_norms[str(depth)](self._observed(module.block, out)))
         return torch.cat(found) if modules else found[0]
 
     def _around(

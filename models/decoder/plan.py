@@ -30,7 +30,8 @@ def decoder_plan(args: DecoderArgs) -> Plan:
         for part, layer in parts.items():
             tensor |= {f"{within}.{part}.{name}".rstrip("."): style for name, style in layer.styles().items()}
     if args.mtp_layers:  # its own matrix works on single tokens, of which each rank has some
-        tensor |= {f"mtp.*.{name}": Replicated() for name in ("enorm", "hnorm", "eh_proj", "norm")}
+        tensor |= {f"mtp.*.{name}": Replicated() for name in ("enorm", "hnorm", "eh_proj")}
+        tensor["mtp_norms.*"] = Replicated()
     return Plan(
         blocks=("layers.*", "mtp.*"),
         embedding="tok_embeddings",
@@ -41,7 +42,7 @@ def decoder_plan(args: DecoderArgs) -> Plan:
         mask="masks.*",
         experts=("layers.*.moe", f"{AHEAD}.moe") if any(block.experts for block in (*args.blocks, *args.ahead)) else (),
         order=ORDER,
-        beside={"output": ("mtp", "tok_embeddings")} if args.mtp_layers else {},
+        beside={"output": ("mtp", "mtp_norms", "tok_embeddings")} if args.mtp_layers else {},
     )
 
 

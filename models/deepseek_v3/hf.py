@@ -38,7 +38,6 @@ _LATENT = {
     "wkv_b": "kv_b_proj",
     "wo": "o_proj",
 }
-_AHEAD = {"enorm": "enorm", "hnorm": "hnorm", "eh_proj": "eh_proj", "norm": "shared_head.norm"}
 _MODULES = {
     **{ours: theirs for ours, theirs in BLOCK.items() if "norm" in ours},
     **{f"attention.{ours}": f"self_attn.{theirs}" for ours, theirs in _LATENT.items()},
@@ -50,9 +49,7 @@ _MODULES = {
 
 def rules(args: DeepseekV3Args) -> tuple[Rule, ...]:
     """The table of names."""
-    ahead = (
-        rule for k in range(args.mtp_layers) for rule in _ahead(args, f"mtp.{k}.", f"model.layers.{args.n_layers + k}.")
-    )
+    ahead = (rule for k in range(args.mtp_layers) for rule in _ahead(args, k))
     return decoder({}, *_block(args, OURS, THEIRS), *ahead, tied=args.tied_embeddings)
 
 
@@ -68,10 +65,12 @@ def _block(args: DeepseekV3Args, ours: str, theirs: str) -> Iterator[Rule]:
         yield OursAlone(bias, "the selection bias of experts")
 
 
-def _ahead(args: DeepseekV3Args, ours: str, theirs: str) -> Iterator[Rule]:
-    for a, b in _AHEAD.items():
-        yield Rename(f"{ours}{a}.weight", f"{theirs}{b}.weight")
-    yield from _block(args, f"{ours}block.", theirs)
+def _ahead(args: DeepseekV3Args, k: int) -> Iterator[Rule]:
+    theirs = f"model.layers.{args.n_layers + k}."
+    for name in ("enorm", "hnorm", "eh_proj"):
+        yield Rename(f"mtp.{k}.{name}.weight", f"{theirs}{name}.weight")
+    yield from _block(args, f"mtp.{k}.block.", theirs)
+    yield Rename(f"mtp_norms.{k}.weight", f"{theirs}shared_head.norm.weight")
 
 
 def extras(args: DeepseekV3Args) -> tuple[TheirsAlone, ...]:

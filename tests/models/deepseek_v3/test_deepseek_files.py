@@ -37,7 +37,7 @@ def test_modules_are_further_layers_with_copies_of_embedding_and_head(tmp_path: 
     for k in range(2):
         own, theirs = f"mtp.{k}", f"model.layers.{2 + k}"
         assert torch.equal(files[f"{theirs}.eh_proj.weight"], model.get_parameter(f"{own}.eh_proj.weight"))
-        assert torch.equal(files[f"{theirs}.shared_head.norm.weight"], model.get_parameter(f"{own}.norm.weight"))
+        assert torch.equal(files[f"{theirs}.shared_head.norm.weight"], model.get_parameter(f"mtp_norms.{k}.weight"))
         assert torch.equal(
             files[f"{theirs}.mlp.experts.3.up_proj.weight"], model.get_parameter(f"{own}.block.moe.experts.w3")[3]
         )

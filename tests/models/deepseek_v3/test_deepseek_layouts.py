@@ -21,7 +21,7 @@ SLOW = (
     Layout("deepseek/moe", "fsdp=2", "offload never"),
     Layout("deepseek/moe", "fsdp=2", "compile"),
     Layout("deepseek/dense", "fsdp=2", "compile chunked"),
-    Layout("deepseek/dense", "tp=2", "inductor"),
+    Layout("deepseek/dense", "tp=2", "compile"),
     Layout("deepseek/dense", "tp=4", "gathered-logits"),
     Layout("deepseek/moe", "tp=2 ep=2", "accumulate selective"),
     Layout("deepseek/moe", "fsdp=2 tp=2 ep=2 etp=2"),
@@ -35,7 +35,7 @@ SLOW = (
     Layout("deepseek/moe", "fsdp=2 pp=2 ep=2", "always"),
     Layout("deepseek/moe", "tp=2 cp=2 pp=2"),
     Layout("deepseek/dense", 'pp=2 parts=[["tok_embeddings","layers.0","layers.1","layers.2","norm"],["output"]]'),
-    Layout("deepseek/even", "tp=2 cp=2", "local-tensor"),
+    Layout("deepseek/even", "tp=2", "local-tensor"),
 )
 
 

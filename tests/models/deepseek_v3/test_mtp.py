@@ -78,7 +78,7 @@ def written_out(model: Decoder, batch: Batch, documents: bool) -> tuple[Tensor, 
                 block, positions = module.get_submodule("block"), torch.arange(left)[None]
                 turn, mask = model._around([block], positions, None)(block)
                 x, _ = block(x[None], turn, mask, positions, None)
-                hidden = F.rms_norm(x, (24,), module.get_parameter("norm.weight"), 1e-6)
+                hidden = F.rms_norm(x, (24,), model.get_parameter(f"mtp_norms.{k - 1}.weight"), 1e-6)
                 logits = hidden[0] @ model.output.weight.T
                 ahead = ahead + F.cross_entropy(logits, wanted[k:], reduction="sum") / model.args.mtp_layers
     valid = (batch.labels != IGNORE).sum()
@@ -146,7 +146,7 @@ def test_counts_of_modules_are_those_of_their_labels() -> None:
 def test_evaluation_leaves_modules_out() -> None:
     model, batch = build(TINY), packed()
     plain = Loud(replace(TINY, mtp_layers=0))
-    plain.load_state_dict({name: value for name, value in model.state_dict().items() if not name.startswith("mtp.")})
+    plain.load_state_dict({name: value for name, value in model.state_dict().items() if not name.startswith("mtp")})
     arguments = (batch.tokens, batch.positions, batch.document_ids)
     assert torch.equal(model(*arguments), plain(*arguments))
     loss = AheadLoss(CrossEntropy(), COEFFICIENT)
