@@ -109,16 +109,20 @@ class Decoder(nn.Module):
             predict those labels from: (rows · (1 + depth), seq, dim)
         """
         blocks = [cast(Block, block) for block in self.layers.values()]
-        modules = [] if ahead is None or isinstance(self.mtp, nn.Identity) else [*self.mtp.values()]
-        around = self._around([*blocks, *(module.block for module in modules)], positions, document_ids)
+        looks = ahead is not None and not isinstance(self.mtp, nn.Identity)
+        modules = [
+            (module, cast(Block, module.block)) for module in cast(list[Ahead], [*self.mtp.values()] if looks else [])
+        ]
+        around = self._around([*blocks, *(block for _, block in modules)], positions, document_ids)
         x = self.embed(x)
         for block in blocks:
             x = self._observed(block, block(x, *around(block), positions, shares))
         found = [self.norm(x)]
-        for depth, module in enumerate(modules):
-            token, share = (None if of is None else of[..., depth] for of in (ahead, ahead_shares))
-            out = module(found[-1], self.embed(token), *around(module.block), positions, share)
-            found.append(self.mtp_norms[str(depth)](self._observed(module.block, out)))
+        for depth, (module, block) in enumerate(modules):
+            token = self.embed(cast(Tensor, ahead)[..., depth])
+            share = None if ahead_shares is None else ahead_shares[..., depth]
+            out = module(found[-1], token, *around(block), positions, share)
+            found.append(self.mtp_norms[str(depth)](self._observed(block, out)))
         return torch.cat(found) if modules else found[0]
 
     def _around(

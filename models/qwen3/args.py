@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from components.layers.shapes import ExpertsShape
+from components.layers.shapes import AttentionShape, ExpertsShape, Rope
 from models.decoder.args import BlockShape, DecoderArgs
 
 
@@ -23,8 +23,9 @@ class Qwen3Args(DecoderArgs):
 
     def block(self, layer: int) -> BlockShape:
         """All alike."""
-        plain = super().block(layer)
-        return replace(plain, attention=replace(plain.attention, qk_norm="before"))
+        rope = Rope(self.rope_theta, self.rope_scaling)
+        attention = AttentionShape(self.n_heads, self.n_kv_heads, self.head_width, rope, qk_norm="before")
+        return replace(super().block(layer), attention=attention)
 
 
 _SMALL = Qwen3Args(dim=256, n_layers=6, n_heads=8, n_kv_heads=4, ffn_hidden=768, head_dim=48, vocab_size=2048)

@@ -168,8 +168,8 @@ def pipeline_averaged(patch: Patch) -> None:
 
     original = Pipeline._schedule
 
-    def schedule(self: Pipeline, rows: int, seq: int, device: Any) -> Any:
-        made = original(self, rows, seq, device)
+    def schedule(self: Pipeline, *sizes: Any) -> Any:
+        made = original(self, *sizes)
         made.scale_grads = True
         return made
 

@@ -12,7 +12,7 @@ from components.layers.initialize import initialize
 from components.loss.ahead import AheadLoss, look_ahead
 from components.loss.cross_entropy import ChunkedCrossEntropy, CrossEntropy, LossFn
 from components.mesh.batch import IGNORE, Batch
-from models.decoder.model import Decoder
+from models.decoder.model import Block, Decoder
 from models.deepseek_v3.args import DeepseekV3Args
 from tests.models.deepseek_v3.tiny import DENSE, TINY, Loud
 
@@ -75,7 +75,7 @@ def written_out(model: Decoder, batch: Batch, documents: bool) -> tuple[Tensor, 
                 token = F.rms_norm(model.tok_embeddings(text[k:]), (24,), module.get_parameter("enorm.weight"), 1e-6)
                 before = F.rms_norm(hidden[0, :left], (24,), module.get_parameter("hnorm.weight"), 1e-6)
                 x = token @ w[:, :24].T + before @ w[:, 24:].T
-                block, positions = module.get_submodule("block"), torch.arange(left)[None]
+                block, positions = cast(Block, module.block), torch.arange(left)[None]
                 turn, mask = model._around([block], positions, None)(block)
                 x, _ = block(x[None], turn, mask, positions, None)
                 hidden = F.rms_norm(x, (24,), model.get_parameter(f"mtp_norms.{k - 1}.weight"), 1e-6)
@@ -128,7 +128,8 @@ def test_labels_ahead_written_out() -> None:
     assert across is not None
     assert across[0, :, 0].tolist() == [12, IGNORE, 14, IGNORE, 16, IGNORE]
     assert Batch.unstacked(found.stacked()).map(lambda x: x.sum()) == found.map(lambda x: x.sum())
-    assert look_ahead(batch, 9, documents=True).ahead_labels[0, :, 8].tolist() == [IGNORE] * 6  # beyond the row
+    beyond = cast(Tensor, look_ahead(batch, 9, documents=True).ahead_labels)
+    assert beyond[0, :, 8].tolist() == [IGNORE] * 6  # the row ends before
 
 
 def test_counts_of_modules_are_those_of_their_labels() -> None:
