@@ -96,14 +96,15 @@ def summary(trainer: DryTrainer, held: Footprint, notes: list[str]) -> str:
     """What was found, as text."""
     job, degrees, training = trainer.job, trainer.dims.degrees, trainer.job.training
     batch = training.global_batch_size
+    args = trainer.spec.args_for_job_fn(trainer.args, job)
     lines = [
         *(f"note: {note}" for note in notes),
-        f"model: {job.model.name} {job.model.flavor}, {trainer.args.parameter_count():,} parameters",
+        f"model: {job.model.name} {job.model.flavor}, {args.parameter_count():,} parameters",
         f"layout: {degrees.world} ranks, {degrees}",
         *(f"stage: {_stage(stage)}" for stage in trainer.stages if stage.count > 1),
         f"step: {batch} rows × {training.seq_len} tokens = {batch * training.seq_len:,} tokens,"
         f" {_rows(batch // degrees.batch, job, degrees)},"
-        f" {trainer.args.flops_per_token(training.seq_len) * batch * training.seq_len:.3e} FLOPs",
+        f" {args.flops_per_token(training.seq_len) * batch * training.seq_len:.3e} FLOPs",
         f"precision: stored in {training.dtype}, computed in {str(trainer.dtype).removeprefix('torch.')}",
         "each rank holds" if degrees.pp == 1 else "each rank of this stage holds",
         held.table(),

@@ -64,7 +64,7 @@ def describe_job(trainer: Trainer, notes: list[str]) -> None:
         "model: %s %s, %s parameters, compute in %s",
         job.model.name,
         job.model.flavor,
-        f"{trainer.args.parameter_count():,}",
+        f"{trainer.spec.args_for_job_fn(trainer.args, job).parameter_count():,}",
         str(trainer.dtype).removeprefix("torch."),
     )
     accumulation = job.training.global_batch_size // (job.training.local_batch_size * degrees.batch)

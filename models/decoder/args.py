@@ -148,13 +148,14 @@ class DecoderArgs:
 
     def problems(self, job: JobConfig) -> list[str]:
         """Why this shape cannot run in that layout; empty if it can. Each line begins with a dotted key."""
-        return list(dict.fromkeys(self._problems(job)))
+        return list(dict.fromkeys(self.for_job(job)._problems(job)))
 
     def _problems(self, job: JobConfig) -> Iterator[str]:
-        experts = next((block.experts for block in self.blocks if block.experts), None)
+        blocks = (*self.blocks, *self.ahead)
+        experts = next((block.experts for block in blocks if block.experts), None)
         sizes = (experts.count, experts.hidden, self.dim if experts.bias else 0) if experts else ()
         yield from expert_problems(job, *sizes)
-        for attention in dict.fromkeys(block.attention for block in self.blocks):
+        for attention in dict.fromkeys(block.attention for block in blocks):
             yield from head_problems(attention.rotary_width)
             yield from tensor_problems(job, attention.n_heads, attention.n_kv_heads)
             yield from context_problems(job, attention.n_heads)

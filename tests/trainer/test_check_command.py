@@ -5,9 +5,14 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
+
+from models.train_spec import get_args
+from trainer.check import run_check
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,6 +35,15 @@ def test_summary(tmp_path: Path) -> None:
         "steps            1,000: 8,192,000 tokens\n"
     )
     assert (done.stderr, done.returncode) == ("", 0)
+
+
+def test_parameters_are_those_of_the_job(capsys: pytest.CaptureFixture[str]) -> None:
+    """Modules of multi-token prediction that the job adds or leaves out are counted as it says."""
+    args = get_args("deepseek_v3", "debugmodel")
+    for layers in (0, 1, 3):
+        assert run_check(["--model.name=deepseek_v3", f"--model.mtp_layers={layers}"], {}) == 0
+        count = replace(cast(Any, args), mtp_layers=layers).parameter_count()
+        assert f"model            deepseek_v3 debugmodel, {count:,} parameters\n" in capsys.readouterr().out
 
 
 def test_world_size_from_the_environment() -> None:

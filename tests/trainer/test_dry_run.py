@@ -2,12 +2,14 @@
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
+from models.deepseek_v3.args import FLAVORS as DEEPSEEK_V3
 from models.train_spec import get_args
 from tests.ranks import run_ranks
 from tests.trainer.runs import ROOT, TINY, Outcome, call, meeting_point
@@ -73,6 +75,16 @@ def test_it_counts_what_a_real_run_holds(arguments: tuple[str, ...], tmp_path: P
     real = run_ranks(4, really_held, [*exact, f"--job.dump_folder={tmp_path}"], environ, backend=None)
     assert {kind: counted[kind] for kind in real[0]} == real[0]
     assert real[0]["parameters"][0] >= max(rank["parameters"][0] for rank in real)  # rank 0 is the fullest
+
+
+def test_it_counts_the_jobs_modules_of_multi_token_prediction() -> None:
+    deepseek = ("--model.name=deepseek_v3", "--training.seq_len=64", "--training.local_batch_size=1")
+    for layers in (0, 2):
+        args = replace(DEEPSEEK_V3["debugmodel"], mtp_layers=layers)
+        text = dry_run(1, *deepseek, f"--model.mtp_layers={layers}")
+        assert f"model: deepseek_v3 debugmodel, {args.parameter_count():,} parameters" in text
+        assert held(text)["parameters"][0] == args.parameter_count()
+        assert f"{args.flops_per_token(64) * 64:.3e} FLOPs" in text
 
 
 @pytest.mark.shows("comm.fake_rank")

@@ -14,6 +14,7 @@ from components.data.names import DATASETS
 from components.loss.names import LOSSES
 from components.optim.names import OPTIMIZERS
 from components.runtime.errors import ConfigError
+from models.decoder.args import DecoderArgs
 from models.train_spec import ENTRY_POINT_GROUP, ModelArgs, families, get_args
 from trainer.config.support import CONVERTERS
 
@@ -38,7 +39,7 @@ def check_names(job: JobConfig) -> Iterator[str]:
 
 
 def find_model(job: JobConfig) -> tuple[ModelArgs | None, list[str]]:
-    """The model's arguments, or None and why there are none.
+    """The model's arguments, with what the job's keys change of them, or None and why there are none.
 
     None without a problem means that the family may come from `experimental.custom_import` or from an installed
     package.
@@ -47,9 +48,14 @@ def find_model(job: JobConfig) -> tuple[ModelArgs | None, list[str]]:
     if name not in families and (job.experimental.custom_import or _installed(name)):
         return None, []
     try:
-        return get_args(name, job.model.flavor), []
+        return _of_job(get_args(name, job.model.flavor), job), []
     except ConfigError as error:
         return None, list(error.problems)
+
+
+def _of_job(args: ModelArgs, job: JobConfig) -> ModelArgs:
+    """As `TrainSpec.args_for_job_fn` of the built-in families does, without the spec, which needs torch."""
+    return args.for_job(job) if isinstance(args, DecoderArgs) else args
 
 
 def _installed(name: str) -> bool:

@@ -12,6 +12,7 @@ import torch
 
 from components.config.job_config import JobConfig
 from components.config.model import Model
+from components.config.parallelism import Parallelism
 from models.decoder.model import Decoder
 from models.deepseek_v3.args import FLAVORS
 from models.deepseek_v3.hf import ADAPTER
@@ -135,6 +136,20 @@ def test_the_job_says_how_far_to_look_ahead() -> None:
     assert args.for_job(JobConfig()).mtp_layers == 1
     assert args.for_job(JobConfig(model=Model(mtp_layers=0))).mtp_layers == 0
     assert FLAVORS["kimi_k2"].for_job(JobConfig(model=Model(mtp_layers=2))).mtp_layers == 2
+
+
+def test_experts_that_look_ahead_are_experts() -> None:
+    """All blocks are dense, but the module of multi-token prediction after them is not."""
+    args = replace(FLAVORS["debugmodel"], dense_layers=4)
+    parallel = Parallelism(expert_parallel_degree=4)
+    assert args.problems(JobConfig(parallelism=parallel)) == []
+    key = "parallelism.expert_parallel_degree = 4"
+    why = f"{key}: this model has no experts; set it to 1"
+    assert args.problems(JobConfig(parallelism=parallel, model=Model(mtp_layers=0))) == [why]
+    five = JobConfig(parallelism=Parallelism(expert_parallel_degree=5))
+    assert args.problems(five) == [
+        "parallelism.expert_parallel_degree = 5: 16 experts cannot be dealt evenly to 5 ranks; take a divisor of 16"
+    ]
 
 
 @pytest.mark.parametrize("flavor", FILES)
