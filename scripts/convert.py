@@ -30,7 +30,7 @@ def hf_to_dcp(args: argparse.Namespace) -> int:
     """`hf-to-dcp`; the exit code."""
     from trainer import convert, verify
 
-    target = convert.target_of(args.name, args.flavor, args.custom_import)
+    target = convert.target_of(args.name, args.flavor, args.custom_import, mtp_layers=args.mtp_layers)
     path = convert.hf_to_dcp(args.source, args.out, target, args.dtype)
     print(job_lines(path))
     if not args.verify:
@@ -87,6 +87,13 @@ def job_lines(path: str, with_optimizer: bool = False) -> str:
     return "\n".join(lines)
 
 
+def count(text: str) -> int:
+    """A number that is not negative."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 on")
+    return int(text)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -109,6 +116,9 @@ def parser() -> argparse.ArgumentParser:
         else:
             command.add_argument("--model.name", dest="name", required=True, help="family")
             command.add_argument("--model.flavor", dest="flavor", required=True, help="flavor")
+        if run is hf_to_dcp:
+            what = "modules of multi-token prediction, where the files have not the flavor's number; 0: none"
+            command.add_argument("--model.mtp_layers", dest="mtp_layers", type=count, metavar="N", help=what)
         if run is titan_to_dcp:
             command.add_argument("--weights-only", action="store_true", help="leave the optimizer's state")
     return top

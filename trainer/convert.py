@@ -33,7 +33,7 @@ from models.decoder.args import DecoderArgs
 from models.train_spec import TrainSpec, families, get_args
 from trainer.build import build_on_meta
 from trainer.command import import_custom
-from trainer.exports import model_of
+from trainer.exports import job_of
 from trainer.persistence import NO_ADAPTER
 
 ALONE = Ranks(None)
@@ -68,18 +68,22 @@ class Target:
         return JobIdentity(keys, dict(layout), f'[model]\nname = "{self.name}"\nflavor = "{self.flavor}"\n')
 
 
-def target_of(name: str, flavor: str, custom_import: str = "", **moe: Any) -> Target:
-    """The model of that name. Raises ConfigError that lists what there is."""
-    import_custom(custom_import)
-    spec, args = families.lookup(name).load(), get_args(name, flavor)
-    return Target(name, flavor, spec, args, JobConfig(model=Model(name=name, flavor=flavor), moe=MoE(**moe)))
+def target_of(name: str, flavor: str, custom_import: str = "", *, mtp_layers: int | None = None, **moe: Any) -> Target:
+    """The model of that name; `mtp_layers` and `moe` are keys of a job that differ from the flavor's numbers. Raises
+    ConfigError that lists what there is."""
+    job = JobConfig(model=Model(name=name, flavor=flavor, mtp_layers=mtp_layers), moe=MoE(**moe))
+    return _target(job, custom_import)
 
 
 def target_of_checkpoint(path: str, custom_import: str = "") -> Target:
     """The model that a checkpoint of ours is of. Raises CheckpointError, ConfigError."""
-    manifest = read_manifest(open_folder(path))
-    rate = manifest.fingerprint.get("moe.bias_rate")
-    return target_of(*model_of(manifest), custom_import, **({"bias_rate": rate} if rate else {}))
+    return _target(job_of(read_manifest(open_folder(path))), custom_import)
+
+
+def _target(job: JobConfig, custom_import: str) -> Target:
+    import_custom(custom_import)
+    spec, args = families.lookup(job.model.name).load(), get_args(job.model.name, job.model.flavor)
+    return Target(job.model.name, job.model.flavor, spec, spec.args_for_job_fn(args, job), job)
 
 
 def hf_to_dcp(path: str, out: str, target: Target, dtype: str = "source") -> str:

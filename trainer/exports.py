@@ -7,6 +7,7 @@ checkpoints, where a resume would find them newest and without the rest."""
 from __future__ import annotations
 
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from torch.distributed import ProcessGroup
@@ -20,12 +21,16 @@ from components.checkpoint.manifest import Manifest, read_manifest
 from components.checkpoint.ranks import Ranks
 from components.checkpoint.storage import Folder, open_folder, open_storage, step_folders, step_name
 from components.config.job_config import JobConfig
+from components.config.model import Model
+from components.config.moe import MoE
 from components.runtime.errors import CheckpointError, ConfigError
 from models.train_spec import families, get_args
 from trainer.command import import_custom
 
 SCRATCH = ".weights"
 """Folder beside the exports, of weights that are saved only to be exported."""
+_OF_THE_SHAPE = ("model.mtp_layers", "moe.balance_coefficient", "moe.bias_rate")
+"""Keys that change a flavor's numbers."""
 
 
 def place(job: JobConfig, folder: str) -> Path | str:
@@ -95,21 +100,28 @@ def export_checkpoint(path: str, out: str, dtype: str, assets: str | None, custo
     if assets is not None and not tokenizer_files(assets):
         raise ConfigError(f"--assets: no tokenizer's files in '{assets}'")
     import_custom(custom_import)
-    name, flavor = model_of(manifest)
-    adapter = families.lookup(name).load().state_dict_adapter
-    if adapter is None:
-        raise ConfigError(f"model.name = {name!r}: its family does not say how Hugging Face writes it")
+    job = job_of(manifest)
+    spec = families.lookup(job.model.name).load()
+    if (adapter := spec.state_dict_adapter) is None:
+        raise ConfigError(f"model.name = {job.model.name!r}: its family does not say how Hugging Face writes it")
     target = open_storage(out)
     ranks.on_first(target.prepare, f"'{out}' cannot be written to")
     folder = step_name(manifest.step)
-    args = get_args(name, flavor)
+    args = spec.args_for_job_fn(get_args(job.model.name, job.model.flavor), job)
     export_hf(source, manifest, target, folder, adapter, args, dtype=dtype, ranks=ranks, assets=assets)
     return target.folder(folder).path
 
 
-def model_of(manifest: Manifest) -> tuple[str, str]:
-    """Family and flavor, of the job's fingerprint."""
-    name, flavor = (manifest.fingerprint.get(f"model.{key}") for key in ("name", "flavor"))
+def job_of(manifest: Manifest) -> JobConfig:
+    """A job of the same model: its family and flavor, and the keys that change the flavor's numbers."""
+    said = manifest.fingerprint
+    name, flavor = (said.get(f"model.{key}") for key in ("name", "flavor"))
     if not (isinstance(name, str) and isinstance(flavor, str)):
         raise CheckpointError("its manifest does not say what model it is of")
-    return name, flavor
+    depth, coefficient, rate = (said.get(key) for key in _OF_THE_SHAPE)
+    if not (depth is None or type(depth) is int) or any(
+        type(n) not in (int, float, NoneType) for n in (coefficient, rate)
+    ):
+        raise CheckpointError(f"its manifest says no numbers of {', '.join(_OF_THE_SHAPE)}")
+    model = Model(name=name, flavor=flavor, mtp_layers=depth)
+    return JobConfig(model=model, moe=MoE(balance_coefficient=coefficient, bias_rate=rate))

@@ -23,7 +23,7 @@ from components.runtime.errors import CheckpointError
 from tests.trainer.runs import facts, train
 from trainer import convert, verify
 from trainer.build import build_on_meta, materialize, zero_buffers
-from trainer.convert import Target, target_of
+from trainer.convert import Target, target_of, target_of_checkpoint
 from trainer.exports import export_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,6 +89,31 @@ def test_there_and_back_are_the_same_bytes(name: str, flavor: str, tmp_path: Pat
     again = export_checkpoint(path, str(tmp_path / "again"), "source", None, CUSTOM)
     for file in Path(hf).glob("*.safetensors"):
         assert file.read_bytes() == (Path(again) / file.name).read_bytes()
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_job_that_looks_ahead_by_its_own_number_is_converted(depth: int, tmp_path: Path) -> None:
+    """Out as the job itself would export it, and in again; the flavor's number is 2."""
+    target = target_of("tiny_deepseek", "moe", "tests.models.deepseek_v3.tiny", mtp_layers=depth)
+    hf = hf_of(tmp_path, target)
+    config = json.loads((Path(hf) / "config.json").read_bytes())
+    assert config["num_nextn_predict_layers"] == depth
+    model = ["--model.name", "tiny_deepseek", "--model.flavor", "moe"]
+    told = ["--model.mtp_layers", str(depth)]
+    assert tool("hf-to-dcp", hf, str(tmp_path / "dcp"), *model, *told) == 0
+    first, path = tensors_of(str(tmp_path / "ours/step-4"), target), str(tmp_path / "dcp/step-0")
+    assert read_manifest(open_folder(path)).fingerprint["model.mtp_layers"] == depth
+    second = tensors_of(path, target_of_checkpoint(path))
+    assert {*first} == {*second}
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert sum(".eh_proj." in name for name in first) == depth
+
+
+def test_an_export_says_what_the_job_said_of_experts(tmp_path: Path) -> None:
+    """As the trainer's own exports do."""
+    target = target_of("qwen3", "debugmodel_moe", balance_coefficient=0.25, bias_rate=0.01)
+    config = json.loads((Path(hf_of(tmp_path, target)) / "config.json").read_bytes())
+    assert config["router_aux_loss_coef"] == 0.25
 
 
 def test_weights_keep_their_type_or_take_another(tmp_path: Path) -> None:
