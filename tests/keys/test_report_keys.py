@@ -97,7 +97,8 @@ def test_custom_import(tmp_path: Path) -> None:
     unknown = run_jobs(tmp_path, {"unknown": ("--experimental.custom_import=",)})["unknown"].outcome
     assert unknown.code == 2
     assert unknown.stderr == (
-        "error: --model.name=tiny_llama: no such model family; allowed: llama3, qwen3 (did you mean 'llama3'?)\n"
+        "error: --model.name=tiny_llama: no such model family; allowed: deepseek_v3, gemma3, gpt_oss, llama3, llama4,"
+        " mistral, qwen3 (did you mean 'llama4'?)\n"
     )
 
 

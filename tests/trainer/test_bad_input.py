@@ -22,7 +22,8 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "not TOML": (("--job.config_file=bad.toml",), "bad.toml:2:9: not valid TOML: Invalid value"),
     "no such model": (
         ("--model.name=lama3", "--experimental.custom_import="),
-        "--model.name=lama3: no such model family; allowed: llama3, qwen3 (did you mean 'llama3'?)",
+        "--model.name=lama3: no such model family; allowed: deepseek_v3, gemma3, gpt_oss, llama3, llama4,"
+        " mistral, qwen3 (did you mean 'llama3'?)",
     ),
     "no such flavor": (
         ("--model.flavor=9B",),

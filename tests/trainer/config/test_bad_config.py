@@ -154,11 +154,13 @@ FILES: dict[str, tuple[str, ...]] = {
     ),
     "no such family": (
         "[model]\nname = 'llama'\n",
-        "a.toml:2: model.name = 'llama': no such model family; allowed: llama3, qwen3 (did you mean 'llama3'?)",
+        "a.toml:2: model.name = 'llama': no such model family; allowed: deepseek_v3, gemma3, gpt_oss, llama3, llama4,"
+        " mistral, qwen3 (did you mean 'llama4'?)",
     ),
     "no such flavor": (
         "[model]\nflavor = '7B'\n",
-        "a.toml:2: model.flavor = '7B': no such flavor of llama3; allowed: 1B, 3B, 405B, 70B, 8B, debugmodel"
+        "a.toml:2: model.flavor = '7B': no such flavor of llama3; allowed: 1B, 3-70B, 3-8B, 3.3-70B, 3B, 405B,"
+        " 70B, 8B, debugmodel"
         " (did you mean '70B'?)",
     ),
     "no such optimizer": (
@@ -395,7 +397,8 @@ def test_all_problems_at_once_of_keys_names_and_layout() -> None:
     assert told({"a.toml": text}, [], ranks=4) == [
         "a.toml:4: training.stepss: unknown key; did you mean training.steps?",
         'a.toml:5: training.seq_len = "long": must be an integer of at least 1',
-        "a.toml:2: model.flavor = '7B': no such flavor of llama3; allowed: 1B, 3B, 405B, 70B, 8B, debugmodel"
+        "a.toml:2: model.flavor = '7B': no such flavor of llama3; allowed: 1B, 3-70B, 3-8B, 3.3-70B, 3B, 405B,"
+        " 70B, 8B, debugmodel"
         " (did you mean '70B'?)",
         "a.toml:7: parallelism.data_parallel_shard_degree = 3: 1 (replicate) × 3 (shard) × 1 (context) × 1 (tensor) ×"
         " 1 (pipeline) = 3 ranks, but there are 4: set `parallelism.data_parallel_shard_degree` to 4 (or to -1: all"
