@@ -161,7 +161,8 @@ class StackExperts(_OfOne):
 
 @dataclass(frozen=True)
 class OursAlone(_OfOne):
-    """A tensor that they have no place for: not exported, and left as it is on import."""
+    """A tensor that they have no place for: not exported, and left as it is on import. A name that ends in a dot stands
+    for all that begin so."""
 
     why: str
     """What it is, for the log."""
@@ -252,7 +253,7 @@ def _bindings(rules: tuple[Rule, ...], shapes: Shapes) -> Iterator[tuple[Rule, s
         for name in sorted(shapes, key=natural):
             if match := pattern.fullmatch(name):
                 layer = match.groupdict().get("layer", "")
-                yield rule, layer, [_named(each, layer) for each in rule.our_names]
+                yield rule, layer, [name, *(_named(each, layer) for each in rule.our_names[1:])]
 
 
 def _unfilled(links: list[Link], shapes: Shapes, of: Callable[[Link], str]) -> list[str]:

@@ -8,7 +8,7 @@ that finds no tensor of ours says nothing, so that one table serves blocks of se
 from collections.abc import Mapping
 from typing import Any
 
-from components.checkpoint.names import Rename, Rule, TheirsAlone
+from components.checkpoint.names import OursAlone, Rename, Rule, TheirsAlone
 from components.layers.shapes import LinearScaling, Llama3Scaling, Scaling, YarnScaling
 from models.decoder.args import DecoderArgs
 
@@ -31,12 +31,15 @@ MATRICES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 """Of a feed-forward with a gate."""
 FEED_FORWARD = {f"feed_forward.{ours}": f"mlp.{theirs}" for ours, theirs in MATRICES.items()}
 """Modules of a dense block."""
+_AHEAD = tuple(OursAlone(name, "modules of multi-token prediction") for name in ("mtp.", "mtp_norms."))
+"""What any decoder can have besides, and few families' files have a place for."""
 
 
 def decoder(modules: Mapping[str, str], *more: Rule, tied: bool) -> tuple[Rule, ...]:
     """The table of a whole decoder, in the order of the model. `modules`: those in each block that have a weight;
     `more`: what else is in it; `tied`: there is no head of its own."""
     head = () if tied else (Rename("output.weight", HEAD),)
+    ahead = () if any(name.startswith("mtp.") for rule in more for name in rule.our_names) else _AHEAD
     blocks = [Rename(f"{OURS}{ours}.weight", f"{THEIRS}{theirs}.weight") for ours, theirs in modules.items()]
     return (
         Rename("tok_embeddings.weight", EMBEDDING),
@@ -44,6 +47,7 @@ def decoder(modules: Mapping[str, str], *more: Rule, tied: bool) -> tuple[Rule, 
         *more,
         Rename("norm.weight", "model.norm.weight"),
         *head,
+        *ahead,
     )
 
 

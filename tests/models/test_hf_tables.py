@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -28,6 +29,28 @@ def test_a_flavor_is_covered(family: str, flavor: str) -> None:
     assert sum(link.count for link in table.links) == args.parameter_count() + buffers
     assert ("lm_head.weight" in table.theirs) != spec.state_dict_adapter.to_config(args)["tie_word_embeddings"]
     assert table.theirs["model.embed_tokens.weight"] == shapes["tok_embeddings.weight"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_modules_of_multi_token_prediction_are_left_out_where_they_have_no_place(family: str) -> None:
+    """Any decoder can have them, but only DeepSeek's files hold them; elsewhere an export is the plain model."""
+    spec = families.lookup(family).load()
+    plain, ahead = (replace(spec.model_args["debugmodel"], mtp_layers=depth) for depth in (0, 2))
+    tables = []
+    for args in (plain, ahead):
+        with torch.device("meta"):
+            tensors = model_tensors([spec.model_cls(args)])
+        assert spec.state_dict_adapter is not None
+        shapes = {name.removeprefix("model."): tuple(value.shape) for name, value in tensors.items()}
+        tables.append((spec.state_dict_adapter.table(args, shapes), shapes))
+    (of_plain, _), (of_ahead, shapes) = tables
+    modules = {name for name in shapes if name.startswith("mtp")}
+    assert modules
+    if family == "deepseek_v3":
+        assert modules <= {*of_ahead.ours}
+    else:
+        assert of_ahead.alone == of_plain.alone | dict.fromkeys(modules, "modules of multi-token prediction")
+        assert (of_ahead.ours, of_ahead.theirs) == (of_plain.ours, of_plain.theirs)
 
 
 def test_tables_need_no_torch() -> None:
