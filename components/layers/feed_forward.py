@@ -9,10 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from components.layers.initialize import Init
-from components.layers.shapes import Activation, FeedForwardShape
-
-CLAMP, SLOPE = 7.0, 1.702
-"""GPT-OSS's: gates and values are held to ±CLAMP (gates from above only), and σ is taken of SLOPE · gate."""
+from components.layers.shapes import CLAMP, SLOPE, Activation, FeedForwardShape
 
 
 def gated(activation: Activation, gate: Tensor, value: Tensor) -> Tensor:

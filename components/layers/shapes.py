@@ -247,6 +247,8 @@ class LatentShape:
 
 Activation = Literal["silu", "gelu_tanh", "clamped_swiglu"]
 """What a gate is passed through: x·σ(x), GELU's tanh form, or GPT-OSS's clamped form (see `layers.feed_forward`)."""
+CLAMP, SLOPE = 7.0, 1.702
+"""The clamped form's: gates and values are held to ±CLAMP (gates from above only), and σ is taken of SLOPE · gate."""
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,10 @@ from typing import Any
 
 from components.checkpoint.hf_config import Adapter
 from components.checkpoint.names import Merge, OursAlone, Rename, Rule
+from components.layers.shapes import CLAMP, SLOPE
 from models.decoder.hf import BLOCK, DEFAULTS, OURS, THEIRS, decoder, decoder_config
 from models.gpt_oss.args import FLAVORS, GptOssArgs
 
-LIMIT, ALPHA = 7.0, 1.702
-"""What gates and values are held to, and the slope of the gate's sigmoid: `components.layers.feed_forward` has no
-other."""
 _BIASED = {
     "attention.wq": "self_attn.q_proj",
     "attention.wk": "self_attn.k_proj",
@@ -56,7 +54,7 @@ def to_config(args: GptOssArgs) -> dict[str, Any]:
         "num_experts_per_tok": experts.per_token,
         "experts_per_token": experts.per_token,
         "router_aux_loss_coef": experts.balance_coefficient,
-        "swiglu_limit": LIMIT,
+        "swiglu_limit": CLAMP,
     }
 
 
@@ -78,7 +76,7 @@ def defaults(args: GptOssArgs) -> dict[str, Any]:
         "sliding_window",
         "swiglu_limit",
     )
-    more = {"swiglu_alpha": ALPHA, "num_experts": said["num_local_experts"], "layer_types": _layer_types(args)}
+    more = {"swiglu_alpha": SLOPE, "num_experts": said["num_local_experts"], "layer_types": _layer_types(args)}
     return {**DEFAULTS, **{key: said[key] for key in shown}, **more}
 
 

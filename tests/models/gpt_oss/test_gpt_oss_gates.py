@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from components.layers.feed_forward import CLAMP
+from components.layers.shapes import CLAMP
 from models.decoder.model import Decoder
 from tests.models.families import GPT_OSS
 from tests.models.parity import Text, adapter_of, ours, require_close, theirs, twins
