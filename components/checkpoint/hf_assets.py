@@ -21,6 +21,7 @@ ASSETS = (
     "added_tokens.json",
     "tokenizer.model",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",

@@ -20,23 +20,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from components.checkpoint.hf_assets import ASSETS as TOKENIZER
+from components.checkpoint.hf_assets import GENERATION
+from components.checkpoint.hf_config import CONFIG
 from components.checkpoint.manifest import is_plain
 from components.checkpoint.safetensors import INDEX
 from components.runtime.errors import DataError, EspalierError, ExitCode
 
 ASSETS = {
-    "tokenizer": (
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "tokenizer.model",
-        "vocab.json",
-        "vocab.txt",
-        "merges.txt",
-        "chat_template.*",
-    ),
-    "config": ("config.json", "generation_config.json"),
+    "tokenizer": TOKENIZER,
+    "config": (CONFIG, GENERATION),
     "index": (INDEX,),
     "safetensors": (INDEX, "*.safetensors"),
 }

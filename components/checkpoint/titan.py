@@ -39,7 +39,7 @@ def titan_table(shapes: Mapping[str, Shape], neighbours: Mapping[str, int], tied
 def _rule(name: str, shape: Shape, heads: int | None) -> Rule:
     theirs = name.replace(".moe.shared.", ".moe.shared_experts.")
     if heads is None:
-        return Rename(name, theirs)
+        return Rename(name, theirs, buffer=name.endswith(".expert_bias"))  # which no optimizer steps
     return Permute(name, theirs, (heads, shape[0] // heads // 2, 2), (0, 2, 1))
 
 
@@ -109,7 +109,7 @@ class TitanCheckpoint:
         """Model tensors, or with a key of the optimizer's state those that belong to them."""
         found = {self._plain(name, key): entry for name, entry in self.contents.tensors.items() if self._is(name, key)}
         problems = []
-        if missing := {*table.theirs} - {*found} - ({*_buffers(table)} if key else set()):
+        if missing := {*table.theirs} - {*found} - (table.buffers if key else set()):
             problems.append(f"missing: {some(missing)}")
         if unexpected := [name for name in {*found} - {*table.theirs} if table.extra(name) is None]:
             problems.append(f"not expected: {some(unexpected)}")
@@ -135,7 +135,7 @@ class TitanCheckpoint:
         for ours, of_ours in links.items():
             theirs, shape = of_ours[0].theirs, table.ours[ours]
             made[f"model.{ours}"] = (shape, self._type(theirs), self._maker(of_ours, shape, theirs))
-            if not optimizer or ours in _buffers(table):
+            if not optimizer or ours in table.buffers:
                 continue
             for key in _MOMENTS:
                 name = f"{_STATE}{theirs}.{key}"
@@ -157,11 +157,6 @@ class TitanCheckpoint:
             return ours
 
         return make
-
-
-def _buffers(table: Table) -> list[str]:
-    """What no optimizer steps: selection biases."""
-    return [name for name in table.ours if name.endswith(".expert_bias")]
 
 
 def open_titan(folder: Folder) -> TitanCheckpoint:
