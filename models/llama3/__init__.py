@@ -1,1 +1,1 @@
-"""The Llama 3 family: shapes, model, plan and training configs."""
+"""The Llama 3 family: shapes, names in Hugging Face's files and training configs."""
