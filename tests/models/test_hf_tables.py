@@ -49,7 +49,7 @@ def test_modules_of_multi_token_prediction_are_left_out_where_they_have_no_place
     if family == "deepseek_v3":
         assert modules <= {*of_ahead.ours}
     else:
-        assert of_ahead.alone == of_plain.alone | dict.fromkeys(modules, "modules of multi-token prediction")
+        assert of_ahead.alone == {**of_plain.alone, **dict.fromkeys(modules, "modules of multi-token prediction")}
         assert (of_ahead.ours, of_ahead.theirs) == (of_plain.ours, of_plain.theirs)
 
 
