@@ -146,7 +146,7 @@ def export_hf(
 def _table(adapter: Adapter, args: Any, index: Index) -> Table:
     shapes = {name.removeprefix(PART): tuple(entry.shape) for name, entry in index.items() if name.startswith(PART)}
     table = adapter.table(args, shapes)
-    saved = sum(math.prod(shape) for name, shape in table.ours.items() if name not in table.buffers)
+    saved = sum(math.prod(shape) for name, shape in shapes.items() if name not in table.buffers)
     expected = args.parameter_count()
     if saved != expected:
         raise CheckpointError(f"the checkpoint has {saved} parameters, this model.flavor {expected}")

@@ -166,6 +166,8 @@ class OursAlone(_OfOne):
 
     why: str
     """What it is, for the log."""
+    buffer: bool = True
+    """It is no parameter: counts leave it out."""
 
     def link(self, ours: list[tuple[str, Shape]], layer: str, into: Links) -> None:
         """See Rule: nothing."""
@@ -232,7 +234,7 @@ def apply_rules(rules: Iterable[Rule], extras: Iterable[TheirsAlone], shapes: Sh
             rules_of[name] = rules_of.get(name, 0) + 1
         if isinstance(rule, OursAlone):
             alone[names[0]] = rule.why
-        if isinstance(rule, Rename) and rule.buffer:
+        if isinstance(rule, Rename | OursAlone) and rule.buffer:
             buffers.add(names[0])
         found.append(Links())
         rule.link([(name, shapes[name]) for name in names], layer, found[-1])

@@ -31,7 +31,7 @@ MATRICES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 """Of a feed-forward with a gate."""
 FEED_FORWARD = {f"feed_forward.{ours}": f"mlp.{theirs}" for ours, theirs in MATRICES.items()}
 """Modules of a dense block."""
-_AHEAD = tuple(OursAlone(name, "modules of multi-token prediction") for name in ("mtp.", "mtp_norms."))
+_AHEAD = tuple(OursAlone(name, "modules of multi-token prediction", buffer=False) for name in ("mtp.", "mtp_norms."))
 """What any decoder can have besides, and few families' files have a place for."""
 
 

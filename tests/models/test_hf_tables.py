@@ -3,11 +3,13 @@
 import subprocess
 import sys
 from dataclasses import replace
+from typing import cast
 
 import pytest
 import torch
 
 from components.checkpoint.state import model_tensors
+from models.decoder.args import DecoderArgs
 from models.train_spec import families
 
 FAMILIES = ("deepseek_v3", "gemma3", "gpt_oss", "llama3", "llama4", "mistral", "qwen3")
@@ -35,7 +37,7 @@ def test_a_flavor_is_covered(family: str, flavor: str) -> None:
 def test_modules_of_multi_token_prediction_are_left_out_where_they_have_no_place(family: str) -> None:
     """Any decoder can have them, but only DeepSeek's files hold them; elsewhere an export is the plain model."""
     spec = families.lookup(family).load()
-    plain, ahead = (replace(spec.model_args["debugmodel"], mtp_layers=depth) for depth in (0, 2))
+    plain, ahead = (replace(cast(DecoderArgs, spec.model_args["debugmodel"]), mtp_layers=depth) for depth in (0, 2))
     tables = []
     for args in (plain, ahead):
         with torch.device("meta"):
@@ -51,6 +53,8 @@ def test_modules_of_multi_token_prediction_are_left_out_where_they_have_no_place
     else:
         assert of_ahead.alone == {**of_plain.alone, **dict.fromkeys(modules, "modules of multi-token prediction")}
         assert (of_ahead.ours, of_ahead.theirs) == (of_plain.ours, of_plain.theirs)
+    counted = sum(torch.Size(shape).numel() for name, shape in shapes.items() if name not in of_ahead.buffers)
+    assert counted == ahead.parameter_count()
 
 
 def test_tables_need_no_torch() -> None:
