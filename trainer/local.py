@@ -11,7 +11,11 @@ from __future__ import annotations
 from collections.abc import MutableMapping
 from typing import TYPE_CHECKING, cast
 
-from torch.distributed._local_tensor import LocalTensor, LocalTensorMode  # the mode has no public home yet
+from torch.distributed._local_tensor import (  # the mode has no public home yet
+    LocalTensor,
+    LocalTensorMode,
+    maybe_disable_local_tensor_mode,
+)
 
 from components.layers.initialize import initialize
 from components.mesh.batch import Batch, RowLoss
@@ -66,6 +70,11 @@ class LocalTrainer(Trainer):
         """A step of all ranks."""
         with self.mode:
             return super().train_step(rows)
+
+    def look_ahead(self, batch: Batch) -> Batch:
+        """Of rows that are still the same for all ranks: in the mode the new tensors would be spread already."""
+        with maybe_disable_local_tensor_mode():
+            return super().look_ahead(batch)
 
     def split(self, batch: Batch) -> Batch:
         """Each rank's part of each row."""

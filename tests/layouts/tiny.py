@@ -62,7 +62,7 @@ LATENT = DeepseekV3Args(
 DEEPSEEK = {
     "moe": LATENT,
     "dense": replace(LATENT, dense_layers=9),
-    "even": replace(LATENT, dense_layers=9, ffn_hidden=44, vocab_size=68),
+    "even": replace(LATENT, n_layers=1, mtp_layers=1, ffn_hidden=44, vocab_size=68),
 }
 
 
