@@ -17,6 +17,7 @@ from components.checkpoint.names import Rule, Shapes, Table, TheirsAlone, apply_
 from components.runtime.errors import CheckpointError
 
 CONFIG = "config.json"
+_MOST = 10_000
 _ALIASES = {"num_local_experts": "num_experts"}  # transformers 5 → published files
 
 
@@ -124,6 +125,13 @@ def _ratio(a: Any, b: Any) -> Any:
     return a // b if type(a) is int and type(b) is int and b > 0 else None
 
 
+def number_of(config: Mapping[str, Any], key: str, default: int) -> int:
+    """How many layers or the like it says, for lists as long as that; the default where it says none, or no number that
+    can be meant: nothing in a file is trusted, and what is wrong is told when fields are compared."""
+    value = config.get(key)
+    return value if type(value) is int and 0 < value <= _MOST else default
+
+
 def _flat_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """The same config with `rope_theta` and `rope_scaling`: transformers 5 writes one table, `rope_parameters`."""
     flat = dict(config)
@@ -132,7 +140,10 @@ def _flat_rope(config: Mapping[str, Any]) -> dict[str, Any]:
         scaling = dict(rope)
         flat["rope_theta"] = scaling.pop("rope_theta", flat.get("rope_theta"))
         flat["rope_scaling"] = scaling
-    if isinstance(scaling := flat.get("rope_scaling"), dict):
+    scaling = flat.get("rope_scaling")
+    if (turned := flat.get("partial_rotary_factor")) is not None and isinstance(scaling, dict | None):
+        scaling = {"partial_rotary_factor": turned, **(scaling or {})}
+    if isinstance(scaling, dict):
         flat["rope_scaling"] = _scaling(scaling, flat.get("max_position_embeddings"))
     return flat
 
@@ -145,7 +156,7 @@ def _scaling(table: Mapping[str, Any], longest: Any) -> dict[str, Any] | None:
         del said["partial_rotary_factor"]
     if kind in ("llama3", "yarn"):
         said.setdefault("original_max_position_embeddings", longest)
-    if kind == "default":
+    if kind == "default" and "partial_rotary_factor" not in said:
         return None
     return _yarn(said) if kind == "yarn" and _are_numbers(said) else said
 

@@ -121,8 +121,10 @@ def to_config(args: DeepseekV3Args) -> dict[str, Any]:
 
 def normal(config: Mapping[str, Any]) -> dict[str, Any]:
     """Kimi K2's is V3's; what is null where it can be, in the number that it means."""
-    meant = {"model_type": {"kimi_k2": "deepseek_v3"}.get(config.get("model_type", ""), config.get("model_type"))}
+    kind = config.get("model_type")
+    meant = {"model_type": "deepseek_v3" if kind == "kimi_k2" else kind}
     meant |= {key: config.get(key) or 1 for key in ("n_group", "topk_group") if key in config}
+    meant |= {key: config[key] or 0 for key in ("n_shared_experts",) if key in config}
     return {**config, **meant, "q_lora_rank": config.get("q_lora_rank", 1536) or 0}
 
 

@@ -9,7 +9,7 @@ that every version reads it; what is read may be any of the three.
 from collections.abc import Mapping
 from typing import Any
 
-from components.checkpoint.hf_config import Adapter, Nested
+from components.checkpoint.hf_config import Adapter, Nested, number_of
 from components.checkpoint.names import Rule, TheirsAlone
 from models.decoder.hf import BLOCK, DEFAULTS, FEED_FORWARD, QK_NORMS, decoder, decoder_config, tied_head
 from models.gemma3.args import Gemma3Args
@@ -57,11 +57,13 @@ def normal(config: Mapping[str, Any]) -> dict[str, Any]:
     """Any of the three forms in that which `to_config` writes, and what only the newest can say of local blocks."""
     found, kinds = dict(config), config.get("layer_types")
     if kinds is None:
-        pattern, count = config.get("sliding_window_pattern") or 6, config.get("num_hidden_layers") or 26
+        pattern, count = number_of(config, "sliding_window_pattern", 6), number_of(config, "num_hidden_layers", 26)
         found["layer_types"] = [GLOBAL if (layer + 1) % pattern == 0 else LOCAL for layer in range(count)]
-    rope = found.pop("rope_parameters", None)
+    rope = config.get("rope_parameters")
     if isinstance(rope, dict) and {LOCAL, GLOBAL} & {*rope}:
-        everywhere, local = (dict(rope.get(kind) or {}) for kind in (GLOBAL, LOCAL))
+        del found["rope_parameters"]
+        tables = (rope.get(kind) for kind in (GLOBAL, LOCAL))
+        everywhere, local = (dict(table) if isinstance(table, dict) else {} for table in tables)
         found |= {"rope_theta": everywhere.pop("rope_theta", None), "rope_scaling": everywhere}
         found |= {"rope_local_base_freq": local.pop("rope_theta", None)}
         found |= {"rope_local_scaling": None if local.get("rope_type", "default") == "default" else local}

@@ -8,7 +8,7 @@ part with a prefix of its own (`nested`); what is exported is the language model
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from components.checkpoint.hf_config import Adapter, Nested
+from components.checkpoint.hf_config import Adapter, Nested, number_of
 from components.checkpoint.names import Merge, OursAlone, Rename, Rule
 from components.layers.shapes import Temperature
 from models.decoder.hf import BLOCK, DEFAULTS, MATRICES, OURS, THEIRS, decoder, decoder_config
@@ -60,14 +60,15 @@ def to_config(args: Llama4Args) -> dict[str, Any]:
 def normal(config: Mapping[str, Any]) -> dict[str, Any]:
     """The same with the lists that follow from intervals where it does not say them, or, as the first published files,
     says empty ones; those files also say 4 for true."""
-    layers = range(_number(config, "num_hidden_layers", 48))
-    every, step = _number(config, "no_rope_layer_interval", 4), _number(config, "interleave_moe_layer_step", 1)
-    turned = config.get("no_rope_layers") or [int((layer + 1) % every != 0) for layer in layers]
+    layers = range(number_of(config, "num_hidden_layers", 48))
+    every, step = number_of(config, "no_rope_layer_interval", 4), number_of(config, "interleave_moe_layer_step", 1)
+    said = config.get("no_rope_layers")
+    turned = said if isinstance(said, list) and said else [int((layer + 1) % every != 0) for layer in layers]
     experts = config.get("moe_layers")
     return {
         **config,
         "moe_layers": [*layers][step - 1 :: step] if experts is None else experts,
-        "no_rope_layers": turned,
+        "no_rope_layers": said or turned,
         "layer_types": config.get("layer_types") or _layer_types(turned),
         "attn_temperature_tuning": bool(config.get("attn_temperature_tuning", True)),
     }
@@ -75,11 +76,6 @@ def normal(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _layer_types(turned: Sequence[int]) -> list[str]:
     return ["chunked_attention" if turns else "full_attention" for turns in turned]
-
-
-def _number(config: Mapping[str, Any], key: str, default: int) -> int:
-    value = config.get(key)
-    return value if type(value) is int and value > 0 else default
 
 
 def defaults(args: Llama4Args) -> dict[str, Any]:

@@ -96,3 +96,19 @@ def test_names_of_fields() -> None:
             assert problems({ours: 8}, {theirs: 8}) == []
             assert problems({ours: 8}, {theirs: 16}) == ["num_experts = 16, this model has 8"]
     assert problems({"hidden_size": 64}, {"hidden_size": 64}, head_dim=None) == []
+
+
+@pytest.mark.parametrize("kind", ["default", "llama3"])
+def test_a_part_of_a_head_is_not_the_whole(kind: str) -> None:
+    """Wherever it is said: beside the table, as transformers 4 had it, or in it."""
+    table = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 512}
+    written, said = ({"rope_scaling": table}, table) if kind == "llama3" else ({"rope_scaling": None}, None)
+    for read in (
+        {"rope_scaling": said, "partial_rotary_factor": 0.5},
+        {"rope_scaling": {**(said or {}), "partial_rotary_factor": 0.5}},
+        {"rope_parameters": {"rope_type": "default", **(said or {}), "partial_rotary_factor": 0.5}},
+    ):
+        (problem,) = problems(written, read)
+        assert problem.startswith("rope_scaling = {")
+        assert '"partial_rotary_factor": 0.5' in problem
+    assert problems(written, {"rope_scaling": said, "partial_rotary_factor": 1.0}) == []

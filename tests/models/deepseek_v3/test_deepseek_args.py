@@ -165,6 +165,15 @@ def test_published_configs_are_those_of_the_flavors(flavor: str) -> None:
     ]
 
 
+def test_no_shared_expert_has_two_spellings() -> None:
+    args = FLAVORS["671B"]
+    none = replace(args, experts=replace(args.experts, shared_hidden=0))
+    for said in (0, None):
+        read = {**V3, "n_shared_experts": said}
+        assert ADAPTER.config_problems(read, none) == []
+        assert ADAPTER.config_problems(read, args) == ["n_shared_experts = 0, this model has 1"]
+
+
 def test_other_families_are_refused() -> None:
     assert ADAPTER.config_problems({**V3, "model_type": "llama"}, FLAVORS["671B"]) == [
         'model_type = "llama", this model has "deepseek_v3"'

@@ -132,6 +132,7 @@ def test_what_transformers_makes_of_our_config_is_its_own(flavor: str, tmp_path:
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0, this model has null"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention = true, this model has false"),
         ({"hidden_activation": "silu"}, 'hidden_activation = "silu", this model has "gelu_pytorch_tanh"'),
+        ({"rope_parameters": {"rope_theta": 3.0}}, "rope_theta = 3.0, this model has 1000000.0"),
         (
             {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}}},
             'rope_local_scaling = {"factor": 2.0, "rope_type": "linear"}, this model has null',
