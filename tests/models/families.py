@@ -53,7 +53,13 @@ def llama3(rng: random.Random) -> DecoderArgs:
     dim = sizes["n_heads"] * rng.choice([4, 6])
     tied, theta = rng.random() < 0.5, rng.choice([1e4, 5e5])
     return Llama3Args(
-        dim=dim, ffn_hidden=rng.choice([37, 40]), rope_scaling=scaling, rope_theta=theta, tied_embeddings=tied, **sizes
+        dim=dim,
+        ffn_hidden=rng.choice([37, 40]),
+        rope_scaling=scaling,
+        rope_theta=theta,
+        tied_embeddings=tied,
+        head_dim=rng.choice([0, 10]),
+        **sizes,
     )
 
 
