@@ -31,7 +31,18 @@ MATRICES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 """Of a feed-forward with a gate."""
 FEED_FORWARD = {f"feed_forward.{ours}": f"mlp.{theirs}" for ours, theirs in MATRICES.items()}
 """Modules of a dense block."""
-_AHEAD = tuple(OursAlone(name, "modules of multi-token prediction", buffer=False) for name in ("mtp.", "mtp_norms."))
+_IN_BLOCK = (
+    *("attention", "attention_norm", "attention_post_norm", "ffn_norm", "ffn_post_norm", "feed_forward"),
+    *("moe.router", "moe.experts", "moe.shared"),
+)
+_IN_MODULE = ("enorm", "hnorm", "eh_proj", *(f"block.{name}" for name in _IN_BLOCK))
+_AHEAD = (
+    *(
+        OursAlone(f"{name}.", "modules of multi-token prediction", buffer=False)
+        for name in ("mtp_norms", *(f"mtp.{{layer}}.{part}" for part in _IN_MODULE))
+    ),
+    OursAlone("mtp.{layer}.block.moe.expert_bias", "the selection bias of experts"),
+)
 """What any decoder can have besides, and few families' files have a place for."""
 
 
