@@ -27,7 +27,7 @@ DTYPES = ("source", "float32", "bfloat16", "float16")
 
 
 def hf_to_dcp(args: argparse.Namespace) -> int:
-    """`hf-to-dcp`; the exit code."""
+    """Hugging Face's files into a checkpoint to start from; the exit code."""
     from trainer import convert, verify
 
     target = convert.target_of(args.name, args.flavor, args.custom_import, mtp_layers=args.mtp_layers)
@@ -40,7 +40,7 @@ def hf_to_dcp(args: argparse.Namespace) -> int:
 
 
 def dcp_to_hf(args: argparse.Namespace) -> int:
-    """`dcp-to-hf`; the exit code."""
+    """A checkpoint into Hugging Face's files; the exit code."""
     from trainer import convert, verify
     from trainer.exports import export_checkpoint
 
@@ -54,7 +54,7 @@ def dcp_to_hf(args: argparse.Namespace) -> int:
 
 
 def titan_to_dcp(args: argparse.Namespace) -> int:
-    """`titan-to-dcp`; the exit code."""
+    """A checkpoint of TorchTitan into one of ours; the exit code."""
     from trainer import convert, verify
 
     target = convert.target_of(args.name, args.flavor, args.custom_import)
@@ -103,7 +103,9 @@ def parser() -> argparse.ArgumentParser:
         ("dcp-to-hf", dcp_to_hf, "float32"),
         ("titan-to-dcp", titan_to_dcp, "source"),
     ):
-        command = commands.add_parser(name, aliases=[name.replace("-to-", "2")], help=run.__doc__)
+        command = commands.add_parser(
+            name, aliases=[name.replace("-to-", "2")], help=(run.__doc__ or "").partition(";")[0]
+        )
         command.set_defaults(run=run)
         command.add_argument("source", help="what is converted")
         command.add_argument("out", help="folder that will hold step-N")

@@ -28,6 +28,7 @@ next:
   python -m pytest tests/models/{name}
   CONFIG_FILE={config} ./run_train.sh
   python scripts/generate_docs.py        # the golden files of its config
+  python scripts/record_losses.py {name}_debug_model --reason "a new family"
   docs/new_model.md                      # what to change, and what to compare it with""")
     return 0
 

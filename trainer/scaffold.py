@@ -209,7 +209,7 @@ def write_family(name: str, root: Path) -> list[Path]:
 def _check(name: str, root: Path) -> None:
     if not _NAME.fullmatch(name) or keyword.iskeyword(name) or name.endswith("_"):
         raise ConfigError(
-            f"{name!r}: a family's name is a Python module's: small letters, digits and _, as in my_model"
+            f"{name!r}: a family's name is a Python module's: small letters, digits and _, no keyword, as in my_model"
         )
     for room in ("models", "tests/models"):
         if (root / room / name).exists() or (root / room / f"{name}.py").exists():

@@ -19,7 +19,7 @@ from components.runtime.errors import CheckpointError
 T = TypeVar("T")
 
 _SPACE = "free space there, or lower checkpoint.keep_latest_k"
-_WRITABLE = "give a folder that can be written to as job.dump_folder"
+_WRITABLE = "give a folder that can be written to (for a job: job.dump_folder)"
 _MEND = {
     errno.ENOSPC: _SPACE,
     errno.EDQUOT: _SPACE,

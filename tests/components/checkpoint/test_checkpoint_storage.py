@@ -138,7 +138,7 @@ def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError) as caught:
             checkpointer(name).prepare()
         assert str(caught.value).startswith(f"checkpoint.folder: '{name}' cannot be written to: ")
-        assert str(caught.value).endswith(": give a folder that can be written to as job.dump_folder")
+        assert str(caught.value).endswith(": give a folder that can be written to (for a job: job.dump_folder)")
         assert "\n" not in str(caught.value)
     assert checkpointer(root).steps() == []
     assert checkpointer(root).latest() is None
