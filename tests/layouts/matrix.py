@@ -110,6 +110,7 @@ CONTEXT = (
     slow("llama/untied", "cp=4 rotate=ulysses"),
     slow("llama/untied", "cp=2", "compile"),
     slow("llama/untied", "cp=2 rotate=alltoall", "compile causal"),
+    slow("llama/untied", "cp=2 rotate=alltoall balance=none", "compile recompute causal"),
     slow("llama/untied", "cp=2 rotate=ulysses", "compile recompute"),
     slow("llama/untied", "fsdp=2 cp=2 rotate=ulysses", "offload gathered-logits"),
     slow("llama/untied", "fsdp=2 cp=4 rotate=alltoall", "recompute"),
