@@ -145,7 +145,9 @@ def _read_config(folder: Folder) -> dict[str, Any]:
     try:
         size = folder.size(CONFIG)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{CONFIG} is not there: without it nobody knows what the weights are of") from error
+        raise CheckpointError(
+            f"{CONFIG} is not there: without it nobody knows what the weights are of; put their own beside them"
+        ) from error
     if size > _MAX_CONFIG:
         raise CheckpointError(f"{CONFIG} has {size} bytes: more than {_MAX_CONFIG} are not read")
     with folder.open(CONFIG) as file:
@@ -201,7 +203,7 @@ def _check_copies(folder: Folder, table: Table, places: Mapping[str, Source], mi
                 for part in portions(link)
             )
         if not same:
-            raise CheckpointError(f"{copy} is not the same as {link.theirs}, to which {CONFIG} ties it")
+            raise CheckpointError(f"{copy} is not the same as {link.theirs}, of which it must be a copy")
 
 
 def _load(

@@ -27,6 +27,8 @@ _BITS = {"F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32"
 _BITS |= {"U16": 16, "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4}
 _MAX_DIMENSIONS = 8
 _SHOWN = 8
+AGAIN = "copy or download it again"
+"""What helps against a file that is not whole."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,9 @@ def read_places(folder: Folder) -> dict[str, Place]:
 
 def _indexed(folder: Folder, index: Mapping[str, str]) -> dict[str, Place]:
     places: dict[str, Place] = {}
-    problems = []
-    for file in sorted({*index.values()}):
+    lost = {*index.values()} - {*folder.names()}
+    problems = [f"{INDEX} names {some(lost)}, not found here; {AGAIN}"] if lost else []
+    for file in sorted({*index.values()} - lost):
         found = read_header(folder, file)
         stray = {name for name in found if index.get(name) != file}
         absent = {name for name, where in index.items() if where == file and name not in found}
@@ -141,7 +144,9 @@ def read_header(folder: Folder, file: str) -> dict[str, Place]:
     with folder.open(file) as opened:
         length = int.from_bytes(opened.read(_LENGTH_BYTES), "little")
         if size < _LENGTH_BYTES or length > size - _LENGTH_BYTES:
-            raise CheckpointError(f"{file} is cut off or no safetensors file: {size} bytes, header of {length}")
+            raise CheckpointError(
+                f"{file} is cut off or no safetensors file: {size} bytes, header of {length}; {AGAIN}"
+            )
         if length > _MAX_HEADER:
             raise CheckpointError(f"{file} has a header of {length} bytes: more than {_MAX_HEADER} are not read")
         raw = opened.read(length)
@@ -163,7 +168,7 @@ def _checked(file: str, header: Mapping[str, Any], data_bytes: int, first: int) 
             raise CheckpointError(f"{file}: {name!r} begins at byte {start} of the data instead of {at}")
         at = end
     if at != data_bytes:
-        raise CheckpointError(f"{file} is cut off or too long: {data_bytes} bytes of data instead of {at}")
+        raise CheckpointError(f"{file} is cut off or too long: {data_bytes} bytes of data instead of {at}; {AGAIN}")
     return places
 
 

@@ -357,7 +357,7 @@ def test_what_our_side_has_no_place_for(tmp_path: Path) -> None:
         write(wrong)
         with pytest.raises(CheckpointError) as error:
             load()
-        told = "copy is not the same as their.1.weight, to which config.json ties it"
+        told = "copy is not the same as their.1.weight, of which it must be a copy"
         assert str(error.value) == f"Hugging Face weights in '{folder}': {told}"
     write(right, "frequency")
     with pytest.raises(CheckpointError, match=r"do not fit: not expected: frequency$"):

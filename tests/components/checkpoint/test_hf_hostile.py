@@ -149,7 +149,10 @@ INDEXES: dict[str, tuple[Any, str]] = {
     "a number": ({A: 3}, "3 is no plain name of a .safetensors file"),
     "a list": ([A], "model.safetensors.index.json has no table weight_map"),
     "nothing": ({}, "model.safetensors.index.json has no table weight_map"),
-    "absent file": ({A: "c.safetensors"}, "No such file or directory"),
+    "absent file": (
+        {A: "c.safetensors"},
+        "model.safetensors.index.json names c.safetensors, not found here; copy or download it again",
+    ),
     "other file": (
         {A: "b.safetensors", B: "a.safetensors", C: "b.safetensors"},
         f"a.safetensors holds {A}, which model.safetensors.index.json does not say; "
