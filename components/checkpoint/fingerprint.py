@@ -128,10 +128,11 @@ def _show(values: Mapping[str, Any], key: str) -> str:
 def require_same_job(name: str, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     """Raise CheckpointError with all keys that differ if checkpoint `name` is of another job.
 
-    A key that the checkpoint does not know, since it is older than the key, had what is now the key's default.
+    A key that the checkpoint does not know, since it is older than the key, had what is the key's default.
     """
     defaults = fingerprint_of(JobConfig(), {})
-    saved = {**{key: value for key, value in defaults.items() if key in current}, **saved}
+    newer = {key: value for key, value in current.items() if key in defaults and defaults[key] == value}
+    saved = {**newer, **saved}
     if different := compare_fingerprints(saved, current):
         raise CheckpointError(
             f"checkpoint {name} belongs to another job: {'; '.join(different)}; set these keys back, start a new "

@@ -20,10 +20,8 @@ AHEAD = "mtp.*.block"
 def decoder_plan(args: DecoderArgs) -> Plan:
     """What a decoder of this shape is. Blocks may differ: a style then speaks of those that have the module."""
     tensor: dict[str, Style] = {"norm": Replicated()}
-    blocks = {
-        (within, shape): None for within, shapes in (("layers.*", args.blocks), (AHEAD, args.ahead)) for shape in shapes
-    }
-    for within, shape in blocks:
+    places = {"layers.*": args.blocks, **({AHEAD: args.ahead} if args.mtp_layers else {})}
+    for within, shape in dict.fromkeys((within, shape) for within, shapes in places.items() for shape in shapes):
         parts = {"attention": shape.attention, "moe" if shape.experts else "feed_forward": shape.feed_forward}
         norms = ("attention_norm", "ffn_norm", *(("attention_post_norm", "ffn_post_norm") if shape.sandwich else ()))
         tensor |= {f"{within}.{name}": Replicated() for name in norms}
@@ -33,14 +31,14 @@ def decoder_plan(args: DecoderArgs) -> Plan:
         tensor |= {f"mtp.*.{name}": Replicated() for name in ("enorm", "hnorm", "eh_proj")}
         tensor["mtp_norms.*"] = Replicated()
     return Plan(
-        blocks=("layers.*", "mtp.*"),
+        blocks=("layers.*", "mtp.*") if args.mtp_layers else ("layers.*",),
         embedding="tok_embeddings",
         head="output",
         tied=(("tok_embeddings.weight", "output.weight"),),
         tensor=tensor,
-        attention=("layers.*.attention.inner", f"{AHEAD}.attention.inner"),
+        attention=tuple(f"{within}.attention.inner" for within in places),
         mask="masks.*",
-        experts=("layers.*.moe", f"{AHEAD}.moe") if any(block.experts for block in (*args.blocks, *args.ahead)) else (),
+        experts=tuple(f"{within}.moe" for within, shapes in places.items() if any(shape.experts for shape in shapes)),
         order=ORDER,
         beside={"output": ("mtp", "mtp_norms", "tok_embeddings")} if args.mtp_layers else {},
     )

@@ -17,6 +17,7 @@ from models.decoder.args import DecoderArgs
 from models.train_spec import families, register_train_spec
 from tests.models.families import FAMILIES
 from tests.models.parity import adapter_of
+from tests.ranks import run_ranks
 from trainer.convert import hf_to_dcp, target_of
 from trainer.exports import export_checkpoint
 
@@ -61,17 +62,20 @@ def written_by_transformers(family: str, args: DecoderArgs, folder: Path) -> dic
     return files_of(folder)
 
 
+def there_and_back(family: str, number: str, root: str) -> str:
+    """The folder of what `root/theirs` has become, in a process of its own, which alone knows these shapes by name."""
+    register_train_spec(f"round_{family}", replace(families.lookup(family).load(), model_args=shapes(family)))
+    path = hf_to_dcp(f"{root}/theirs", f"{root}/dcp", target_of(f"round_{family}", number))
+    return export_checkpoint(path, f"{root}/back", "source", None, "")
+
+
 @pytest.mark.parametrize("number", [str(number) for number in range(SHAPES)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_files_come_back_as_they_were(family: str, number: str, tmp_path: Path) -> None:
-    name, args = f"round_{family}", shapes(family)[number]
-    if name not in families:
-        register_train_spec(name, replace(families.lookup(family).load(), model_args=shapes(family)))
+    args = shapes(family)[number]
     theirs = written_by_transformers(family, args, tmp_path / "theirs")
     assert len([*(tmp_path / "theirs").glob("*.safetensors")]) > 1
-    path = hf_to_dcp(str(tmp_path / "theirs"), str(tmp_path / "dcp"), target_of(name, number))
-    back = Path(export_checkpoint(path, str(tmp_path / "back"), "source", None, ""))
-    found = files_of(back)
+    found = files_of(Path(run_ranks(1, there_and_back, family, number, str(tmp_path), backend=None)[0]))
     assert {key: (value.dtype, value.shape) for key, value in found.items()} == {
         key: (value.dtype, value.shape) for key, value in theirs.items()
     }

@@ -57,6 +57,7 @@ OUR_KEYS = (
     "comm.fake_rank",
     "debug.compare_ranks",
     "metrics.peak_tflops",
+    "model.mtp_layers",
     "optimizer.parameter_groups",
     "training.exit_after",
     "training.on_nonfinite",

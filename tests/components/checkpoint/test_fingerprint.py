@@ -131,7 +131,7 @@ def test_a_key_that_is_newer_than_the_checkpoint_had_its_default() -> None:
     older = {key: value for key, value in current.items() if not key.endswith(("mtp_layers", "mtp_coefficient"))}
     assert len(older) == len(current) - 2
     require_same_job("step-20", older, current)
-    with pytest.raises(CheckpointError, match=r"belongs to another job: model\.mtp_layers: null saved, 2 now;"):
+    with pytest.raises(CheckpointError, match=r"belongs to another job: model\.mtp_layers: nothing saved, 2 now;"):
         require_same_job("step-20", older, fingerprint_of(change("model", mtp_layers=2), {}))
 
 

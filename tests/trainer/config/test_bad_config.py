@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 from components.runtime.errors import ConfigError
+from models.train_spec import families
+from tests.trainer.runs import ROOT
 from trainer.config.load import resolve
 from trainer.config.validate import require_valid
 
@@ -13,6 +15,8 @@ from trainer.config.validate import require_valid
 def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    built_in = {name: families[name] for name in families if (ROOT / "models" / name).is_dir()}
+    monkeypatch.setattr(families, "_entries", built_in)  # other tests may have brought in more
 
 
 def told(files: dict[str, str], argv: list[str], ranks: int = 1) -> list[str]:

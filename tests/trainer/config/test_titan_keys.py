@@ -23,6 +23,7 @@ STRICTER = {
 """Keys whose type says what v0.2.2 only documents."""
 
 WIDER = {
+    "checkpoint.export_dtype": {"source"},
     "parallelism.context_parallel_rotate_method": {"ulysses"},
     "optimizer.implementation": {"auto"},
     "lr_scheduler.decay_type": {"inverse_sqrt"},
