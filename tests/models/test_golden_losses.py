@@ -7,6 +7,7 @@ import pytest
 from tests.models.golden import FOLDER, STEPS, configs, losses, name_of, read
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", configs(), ids=name_of)
 def test_on_one_rank(config: Path, tmp_path: Path) -> None:
     golden = read(config)["losses"]
