@@ -311,3 +311,31 @@ IN_ONE_PROCESS = (
 """All ranks in one process."""
 
 MATRIX: tuple[Layout, ...] = (*DATA, *TENSOR, *CONTEXT, *PIPELINE, *EXPERT, *MANY, *FAMILIES, *IN_ONE_PROCESS)
+
+AHEAD = (
+    fast("deepseek/moe", "fsdp=2 ep=2", "recompute always"),
+    fast("deepseek/moe", "tp=2"),
+    fast("deepseek/moe", "cp=2"),
+    fast("deepseek/moe", "pp=2", "chunked"),
+    slow("deepseek/moe", "ddp=2", "accumulate by-op"),
+    slow("deepseek/moe", "fsdp=2", "offload never"),
+    slow("deepseek/moe", "fsdp=2", "compile"),
+    slow("deepseek/dense", "fsdp=2", "compile chunked"),
+    slow("deepseek/dense", "tp=2", "compile"),
+    slow("deepseek/dense", "tp=4", "gathered-logits"),
+    slow("deepseek/moe", "tp=2 ep=2", "accumulate selective"),
+    slow("deepseek/moe", "fsdp=2 tp=2 ep=2 etp=2"),
+    slow("deepseek/moe", "cp=2 balance=none", "causal"),
+    slow("deepseek/moe", "cp=2 rotate=alltoall"),
+    slow("deepseek/moe", "cp=2 rotate=alltoall", "causal"),
+    slow("deepseek/moe", "cp=2 rotate=ulysses"),
+    slow("deepseek/moe", "tp=2 cp=2 rotate=ulysses ep=4"),
+    slow("deepseek/dense", "pp=2 schedule=Interleaved1F1B"),
+    slow("deepseek/moe", "pp=2 schedule=ZBVZeroBubble"),
+    slow("deepseek/moe", "fsdp=2 pp=2 ep=2", "always"),
+    slow("deepseek/moe", "tp=2 cp=2 pp=2"),
+    slow("deepseek/dense", 'pp=2 parts=[["tok_embeddings","layers.0","layers.1","layers.2","norm"],["output"]]'),
+    slow("deepseek/even", "tp=2", "local-tensor"),
+)
+"""Latent attention, experts in groups and multi-token prediction: against one rank, since the plain loop does not look
+ahead; one rank is held against the definition in `tests/models/deepseek_v3`."""
