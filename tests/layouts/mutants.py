@@ -127,13 +127,16 @@ def order_not_balanced(patch: Patch) -> None:
     """The causal mask takes each rank's tokens for neighbours, though head and tail are dealt together."""
     import torch
 
-    from components.parallel import context
+    from components.mesh.batch import Part
 
-    def causal(deal: Any, length: int, device: Any) -> Any:
-        mine = torch.arange(length, device=device) + deal.axis.rank * length
-        return mine[:, None] >= torch.arange(length * deal.axis.size, device=device)
+    def not_later(self: Part) -> Any:
+        count = len(self.index)
+        place = (
+            torch.arange(count) + int(self.index[0] != 0) * count
+        )  # of two ranks, the second has not the first token
+        return place[:, None] >= torch.arange(self.length)
 
-    patch(context, "_causal", causal)
+    patch(Part, "not_later", not_later)
 
 
 def validation_times_context(patch: Patch) -> None:
@@ -168,8 +171,8 @@ def pipeline_averaged(patch: Patch) -> None:
 
     original = Pipeline._schedule
 
-    def schedule(self: Pipeline, *sizes: Any) -> Any:
-        made = original(self, *sizes)
+    def schedule(self: Pipeline, *sizes: Any, **where: Any) -> Any:
+        made = original(self, *sizes, **where)
         made.scale_grads = True
         return made
 
