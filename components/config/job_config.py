@@ -5,12 +5,13 @@ from dataclasses import dataclass, field
 
 from components.config.checkpoint import Checkpoint
 from components.config.compute import ActivationCheckpoint, Compile, MemoryEstimation
+from components.config.data import Data
 from components.config.job import Debug, Experimental, Job, Metrics, Profiling
 from components.config.model import Model, Quantize
 from components.config.moe import MoE
 from components.config.optim import LRScheduler, Optimizer
 from components.config.parallelism import Comm, FaultTolerance, Parallelism
-from components.config.training import Data, Loss, Training, Validation
+from components.config.training import Loss, Training, Validation
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
-"""What is trained on, how much of it at a time, and how it is judged: `[training]`, `[data]`, `[loss]`,
-`[validation]`."""
+"""What is trained on, how much of it at a time, and how it is judged: `[training]`, `[loss]`, `[validation]`."""
 
 from dataclasses import dataclass, field
 from typing import Literal
 
+from components.config.data import Source
 from components.config.types import AllOrPositive, Dtype, NonNegativeInt, Positive, PositiveInt, PositiveOrInf
 
 
@@ -74,33 +74,6 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Data:
-    """`[data]`: the order and the shape of the rows. All of it belongs to the job's fingerprint."""
-
-    streams: AllOrPositive = -1
-    """Streams that documents are dealt to, row r of a batch coming from stream r. −1: the job's largest global batch.
-    Saved with the job."""
-    shuffle: bool = True
-    """Visit documents in an order drawn from `debug.seed`, anew in each epoch."""
-    shuffle_window: PositiveInt = 10000
-    """Sources without random access are permuted within windows of so many documents; the window is read again on
-    resume."""
-    on_end: Literal["repeat", "stop"] = "repeat"
-    """At the end of the data: start the next epoch, or end the run cleanly before the first step that could not be
-    filled."""
-    on_bad_record: Literal["error", "skip"] = "error"
-    """A record that cannot be read: stop with its file:line:column, or skip and count it."""
-    text_field: str = "text"
-    """Field or column that holds a document's text."""
-    add_bos: bool = True
-    """Put the tokenizer's begin token before each document, where it has one."""
-    add_eos: bool = True
-    """Put the tokenizer's end token after each document, where it has one."""
-    document_mask: bool = False
-    """Attention and positions stop at document borders, and no label crosses one."""
-
-
-@dataclass(frozen=True)
 class Loss:
     """`[loss]`: what is minimized."""
 
@@ -123,6 +96,8 @@ class Validation:
     """As `training.dataset`."""
     dataset_path: str | None = None
     """As `training.dataset_path`."""
+    sources: list[Source] = field(default_factory=list)
+    """Tables `[[validation.sources]]`: several sets, each reported under its name. Empty: `dataset` is the only one."""
     local_batch_size: PositiveInt = 8
     """Rows of one forward pass on one data-parallel rank."""
     global_batch_size: AllOrPositive = -1

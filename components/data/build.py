@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from components.config.data import Data
 from components.config.job_config import JobConfig
-from components.config.training import Data, Training, Validation
+from components.config.training import Training, Validation
 from components.data.documents import DatasetRequest, RandomAccess, Sequential
 from components.data.indexed import IndexedRows, RowIndex
 from components.data.loader import Loader

@@ -6,16 +6,21 @@ reading them, not for parsing, and a bad record stops only the stream that it be
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+
 from components.runtime.errors import DataError
 
 MEND = 'mend the record, or skip such records with data.on_bad_record = "skip"'
-Read = Callable[[], str]
-"""Parses one record into its text; raises BadRecord."""
+Record = str | Mapping[str, Any] | np.ndarray
+"""One document as its source holds it: text, fields by name, or token ids (int64). An encoder makes tokens of it."""
+
+Read = Callable[[], Record]
+"""Parses one record; raises BadRecord."""
 
 
 class BadRecord(DataError):
@@ -38,8 +43,8 @@ class RandomAccess(Protocol):
         """Number of documents, the unreadable ones included."""
         ...
 
-    def document(self, index: int) -> str:
-        """Text of a document. Raises BadRecord."""
+    def document(self, index: int) -> Record:
+        """One document. Raises BadRecord."""
         ...
 
 
