@@ -19,7 +19,7 @@ import numpy as np
 from components.data.documents import RandomAccess, Read, Sequential, place_of
 from components.runtime.errors import DataError
 
-ORDER, SYNTHETIC = 0, 1  # last counter word of Philox: what the numbers are drawn for
+ORDER, SYNTHETIC, FIM = 0, 1, 2  # last counter word of Philox: what the numbers are drawn for
 WORD = (1 << 64) - 1
 
 

@@ -46,6 +46,10 @@ class Tokenizer:
         """Text of ids, special tokens included."""
         return self._backend.decode(list(ids), skip_special_tokens=False)
 
+    def token_id(self, token: str) -> int | None:
+        """Id of a token by its name; None if the vocabulary lacks it."""
+        return self._backend.token_to_id(token)
+
     def _id(self, token: str | None) -> int | None:
         """Id of a special token. Raises DataError if the vocabulary lacks it."""
         if token is None:
