@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from components.loss.cross_entropy import LossFn
     from components.mesh.parallel_dims import ParallelDims
     from components.metrics.sinks import Sinks
+    from components.metrics.step import Validated
     from components.optim.optimizers import Optimizers
     from components.optim.schedule import LRSchedule
     from components.parallel.pipeline import Stage
@@ -63,8 +64,8 @@ class ModelArgs(Protocol):
 class Validates(Protocol):
     """What the Trainer asks of a validator."""
 
-    def validate(self, step: int) -> float:
-        """The mean loss per valid token over the validation set; equal on all ranks."""
+    def validate(self, step: int) -> float | Validated:
+        """The mean loss per valid token over the validation set, or over each of several; equal on all ranks."""
         ...
 
     def close(self) -> None:

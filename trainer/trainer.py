@@ -26,6 +26,7 @@ from components.mesh.parallel_dims import ParallelDims
 from components.metrics.flops import peak_flops
 from components.metrics.meter import Meter, StepValues, largest_row_mean, reduce_step
 from components.metrics.profiler import Profiler
+from components.metrics.step import Validated
 from components.optim.clip import gradient_norm, scale_gradients
 from components.optim.early import EarlyStep
 from components.parallel.context import split_sequence
@@ -53,6 +54,7 @@ from trainer.validator import Validator
 
 if TYPE_CHECKING:
     from components.config.job_config import JobConfig
+    from components.config.training import Validation
     from trainer.config.load import ResolvedJob
 
 
@@ -148,15 +150,15 @@ class Trainer:
         """This rank's stages of the model, laid out and with their first values."""
         return build_stages(self.spec, self.args, self.job, self.dims, self.device, self.dtype, self.seed)
 
-    def build_loader(self, validation: bool = False) -> Loader:
-        """This rank's rows of the training or of the validation set."""
+    def build_loader(self, validation: Validation | None = None) -> Loader:
+        """This rank's rows for training, or for that validation."""
         return self.spec.build_dataloader_fn(
-            self.job,
+            self.job if validation is None else replace(self.job, validation=validation),
             tokenizer=self.tokenizer,
             vocab_size=self.args.vocab_size,
             data_rank=self.dims.data_rank,
             data_degree=self.dims.data_degree,
-            validation=validation,
+            validation=validation is not None,
         )
 
     def build_meter(self) -> Meter:
@@ -331,7 +333,7 @@ class Trainer:
     def look_ahead(self, batch: Batch) -> Batch:
         """The same rows, with what multi-token prediction needs of them where the model has it."""
         depth = getattr(self.spec.args_for_job_fn(self.args, self.job), "mtp_layers", 0)
-        return look_ahead(batch, depth, self.job.data.document_mask) if depth else batch
+        return look_ahead(batch, depth, not self.job.data.cross_document_labels) if depth else batch
 
     def split(self, batch: Batch) -> Batch:
         """This rank's part of each of its rows."""
@@ -408,7 +410,7 @@ class Trainer:
         """Whether this step is one of those that are reported."""
         return step in (1, self.job.training.steps) or step % self.job.metrics.log_freq == 0
 
-    def report(self, validation: float | None = None) -> None:
+    def report(self, validation: float | Validated | None = None) -> None:
         """Report the last step, once: a stop reports it if it comes before the training thread does."""
         with self.reporting:
             facts, self.unreported = self.unreported, None

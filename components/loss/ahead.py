@@ -7,8 +7,8 @@ batch, L_k, is divided by what the main loss is divided by: the valid labels of 
 
 and the reported loss stays the main one: what is added has the value 0 and the modules' gradient. Dividing L_k by its
 own labels was rejected: a label's weight would depend on how documents fall into rows. A label counts for module k if
-it counts for the main loss and stands k places further in the same row and, with `data.document_mask`, in the same
-document.
+it counts for the main loss and stands k places further in the same row and, but with `data.cross_document_labels`, in
+the same document.
 
 The modules' hidden states come as further rows below the main ones, so that any loss serves them, in one call of the
 head.
@@ -27,7 +27,7 @@ from components.mesh.batch import IGNORE, Batch, RowLoss
 def look_ahead(batch: Batch, depth: int, documents: bool) -> Batch:
     """The same batch with `ahead_tokens` and `ahead_labels` for so many modules. Call it with whole rows.
 
-    `documents`: documents end at their borders (`data.document_mask`). Beyond a row tokens are 0.
+    `documents`: labels do not cross their borders. Beyond a row tokens are 0.
     """
     tokens, labels = [], []
     for places in range(1, depth + 1):

@@ -14,8 +14,11 @@ from components.runtime.errors import ConfigError
 
 
 def scalars(metrics: StepMetrics) -> dict[str, float]:
-    """What boards plot over the step: every number that is known, under its name in `metrics.jsonl`."""
-    return {key: value for key, value in metrics.to_dict().items() if key != "step" and value is not None}
+    """What boards plot over the step: every number that is known, under its name in `metrics.jsonl`; that of a
+    validation set as `validation_loss/<name>`."""
+    plain = {key: value for key, value in metrics.to_dict().items() if key not in ("step", "validation_losses")}
+    sets = {f"validation_loss/{name}": loss for name, loss in metrics.validation_losses.items()}
+    return {key: value for key, value in (plain | sets).items() if value is not None}
 
 
 class TensorBoardSink:

@@ -49,7 +49,8 @@ def step_line(metrics: StepMetrics, total_steps: int) -> str:
 
 def validation_line(metrics: StepMetrics) -> str:
     """The validation that belongs to a report."""
-    return f"validation  step {metrics.step}  loss {metrics.validation_loss:.5f}"
+    sets = "".join(f"  {name} {loss:.5f}" for name, loss in metrics.validation_losses.items())
+    return f"validation  step {metrics.step}  loss {metrics.validation_loss:.5f}{sets}"
 
 
 def lines(metrics: StepMetrics, total_steps: int) -> list[str]:

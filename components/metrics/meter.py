@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 
 from components.mesh.batch import RowLoss
 from components.metrics.memory import Memory, peak_memory
-from components.metrics.step import StepMetrics
+from components.metrics.step import StepMetrics, Validated
 from components.runtime.distributed import all_reduce_max, all_reduce_sum
 
 _TERA = 1e12
@@ -114,13 +114,14 @@ class Meter:
         self._steps += 1
 
     def report(
-        self, step: int, values: StepValues | None, lr: float, validation_loss: float | None = None
+        self, step: int, values: StepValues | None, lr: float, validation: float | Validated | None = None
     ) -> StepMetrics:
         """The numbers of step `step` and the rates since the last report. `values`: None if it was not computed."""
         seconds = max(self._clock() - self._begin - self._paused, 1e-9)
         rate = self._computed / seconds
         flops = rate * self._flops_per_token / self._ranks
         memory = self._memory(self._device)
+        held_out = validation if isinstance(validation, Validated) else Validated(validation or 0.0, {})
         metrics = StepMetrics(
             step=step,
             loss=values.loss if values else None,
@@ -134,7 +135,8 @@ class Meter:
             memory_gib=memory.gib,
             data_wait=self._waited / seconds,
             seconds=seconds / max(self._steps, 1),
-            validation_loss=validation_loss,
+            validation_loss=None if validation is None else held_out.loss,
+            validation_losses=held_out.sets,
             memory_share=memory.share,
         )
         self.start()

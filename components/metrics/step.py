@@ -2,8 +2,18 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+
+class Validated(NamedTuple):
+    """What a validation of several sets has found."""
+
+    loss: float
+    """Mean loss per valid label token of all sets together."""
+    sets: Mapping[str, float]
+    """The mean of each, by name."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +47,18 @@ class StepMetrics:
     """Seconds per step, since the last report."""
     validation_loss: float | None = None
     """Mean loss per valid label token of the validation set; None in steps without validation."""
+    validation_losses: Mapping[str, float] = field(default_factory=dict)
+    """The same of each validation set, where there are several."""
     memory_share: float | None = None
     """`memory_gib` as a share (0 to 1) of what there is; None where that is not known."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields; `validation_loss` only where there is one."""
+        """The fields; of `validation_loss` and `validation_losses` what there is."""
         fields = asdict(self)
         if self.validation_loss is None:
             del fields["validation_loss"]
+        if not self.validation_losses:
+            del fields["validation_losses"]
         return fields
 
     def to_json(self) -> str:

@@ -212,10 +212,30 @@ INACTIVE = (
     Inactive(("loss.mtp_coefficient",), _looks_not_ahead, "the model has no modules of multi-token prediction"),
     Inactive(
         ("data.streams", "data.shuffle", "data.shuffle_window", "data.on_end"),
-        lambda job: job.training.dataset == "synthetic",
+        lambda job: job.training.dataset == "synthetic" and not job.data.sources,
         'training.dataset is "synthetic", whose rows are drawn by their number, without end',
     ),
     Inactive(("data.shuffle_window",), lambda job: not job.data.shuffle, "data.shuffle is false"),
+    Inactive(
+        ("training.dataset", "training.dataset_path"), lambda job: bool(job.data.sources), "[[data.sources]] are there"
+    ),
+    Inactive(
+        ("validation.dataset", "validation.dataset_path"),
+        lambda job: bool(job.validation.sources),
+        "[[validation.sources]] are there",
+    ),
+    Inactive(("data.unit",), lambda job: len(job.data.sources) < 2, "there is one source only, nothing to mix"),
+    Inactive(("data.packing_window",), lambda job: job.data.packing != "best_fit", 'data.packing is not "best_fit"'),
+    Inactive(
+        ("data.long_documents",),
+        lambda job: job.data.packing == "concat",
+        'data.packing is "concat", which cuts documents where a row is full',
+    ),
+    Inactive(
+        ("data.streams", "data.shuffle", "data.on_end", "data.add_bos", "data.add_eos"),
+        lambda job: job.data.order == "megatron",
+        'data.order is "megatron", which says all of that',
+    ),
     Inactive(
         ("training.dataloader.persistent_workers",),
         lambda job: True,

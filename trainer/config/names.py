@@ -28,9 +28,9 @@ def check_names(job: JobConfig) -> Iterator[str]:
         ("loss.name", job.loss.name, LOSSES),
     ]
     uses += [("model.converters", name, CONVERTERS) for name in job.model.converters]
-    if job.training.dataset_path is None:
+    if job.training.dataset_path is None and not job.data.sources:
         uses.append(("training.dataset", job.training.dataset, DATASETS))
-    if job.validation.enable and job.validation.dataset_path is None:
+    if job.validation.enable and job.validation.dataset_path is None and not job.validation.sources:
         uses.append(("validation.dataset", job.validation.dataset, DATASETS))
     for key, name, known in uses:
         if name not in known:

@@ -26,6 +26,7 @@ from components.parallel.pipeline_schedules import pipeline_problems
 from components.runtime.errors import ConfigError, MeshError
 from trainer.config.names import check_names, find_model
 from trainer.config.one_process import one_process_problems
+from trainer.config.sources import check_sources
 from trainer.config.support import unsupported
 
 if TYPE_CHECKING:
@@ -400,6 +401,7 @@ def _groups(job: JobConfig) -> Problems:
 
 
 RULES: tuple[Callable[[JobConfig], Problems], ...] = (
+    check_sources,
     lambda job: iter(unsupported(job)),
     check_names,
     _schedule,
