@@ -35,6 +35,8 @@ _HOW_KEYS = (
     "model.hf_assets_path",  # where data and tokenizer lie; what they are is in the loader's own fingerprint
     "model.tokenizer_path",
     "training.dataset_path",
+    "data.sources",  # what they are is in the loader's own fingerprint too
+    "data.cache_folder",
     "data.on_bad_record",
     "data.on_end",
     "training.steps",

@@ -1,0 +1,96 @@
+"""What tables of sources must say, and may not."""
+
+from pathlib import Path
+
+import pytest
+
+from trainer.config.load import load_job
+from trainer.config.validate import located, validate
+
+
+def problems(toml: str, tmp_path: Path, *arguments: str) -> list[str]:
+    file = tmp_path / "job.toml"
+    file.write_text(toml)
+    resolved = load_job([f"--job.config_file={file}", *arguments], {})
+    return located(validate(resolved.job, 1, None), resolved.provenance)
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ("weight = 2", ": says neither where its documents are: set path, or dataset to a registered name"),
+        (
+            'dataset = "c4_tst"',
+            '.dataset = "c4_tst": must be one of c4, c4_test, c4_validation, pystdlib, pystdlib_validation, synthetic'
+            " (or give path); did you mean c4_test?",
+        ),
+        (
+            'path = "x.jsonl"\nprompt = "{q}"',
+            '.prompt = "{q}": only sources of kind "instruction" read it, and this is "auto"',
+        ),
+        (
+            'path = "x.jsonl"\nkind = "chat"\nfim_rate = 0.5',
+            '.fim_rate = 0.5: only sources of kind "auto" or "text" read it, and this is "chat"',
+        ),
+        (
+            'path = "x.jsonl"\nkind = "instruction"\nprompt = "{q}"',
+            '.answer: is missing: say what it is made of, with columns in braces, such as "{question}"',
+        ),
+        (
+            'path = "x.jsonl"\nfim_tokens = ["a", "b"]',
+            '.fim_tokens = ["a", "b"]: must be the tokens before prefix, suffix and middle',
+        ),
+        (
+            'path = "x.jsonl"\nsplit = "98,x"',
+            '.split = "98,x": shares must be two or three numbers, such as "98,2" or "98,1,1"',
+        ),
+        (
+            'path = "x.jsonl"\nkind = "preference"',
+            '.kind = "preference": there is no loss of pairs to train on them with yet; look at them with'
+            " scripts/inspect_data.py, or train on the chosen answers as a chat",
+        ),
+    ],
+)
+def test_a_table_is_judged(table: str, said: str, tmp_path: Path) -> None:
+    assert problems(f"[[data.sources]]\n{table}\n", tmp_path) == [f"{tmp_path}/job.toml:1: data.sources[0]{said}"]
+
+
+def test_names_are_unique_and_follow_from_paths(tmp_path: Path) -> None:
+    toml = "".join(f'[[data.sources]]\npath = "{path}"\n' for path in ("a/web.jsonl", "b/web.jsonl.gz", "b/code"))
+    said = "sources are called 'web'; give each a name of its own"
+    assert problems(toml, tmp_path) == [f"{tmp_path}/job.toml:1: data.sources[{i}].name: 2 {said}" for i in (0, 1)]
+
+
+def test_validation_is_judged_where_it_is_enabled(tmp_path: Path) -> None:
+    toml = '[[validation.sources]]\npath = "x.jsonl"\nepochs = 2\n'
+    assert problems(toml, tmp_path) == []
+    said = "validation.sources[0].epochs = 2: validation reads its documents once; leave it out"
+    assert problems(toml, tmp_path, "--validation.enable") == [f"{tmp_path}/job.toml:1: {said}"]
+
+
+def test_megatron_order_is_of_token_files_alone(tmp_path: Path) -> None:
+    toml = (
+        '[data]\norder = "megatron"\npacking = "padded"\nunit = "documents"\n'
+        '[[data.sources]]\npath = "a"\nkind = "chat"\n[[data.sources]]\npath = "b"\nepochs = 2\n'
+    )
+    at, order = f"{tmp_path}/job.toml:", 'data.order = "megatron"'
+    assert problems(toml, tmp_path) == [
+        f'{at}2: {order}: its samples are cut from one stream; set data.packing = "concat", not "padded"',
+        f'{at}4: data.unit = "documents": with {order} samples are blended; set it to "tokens", or data.order ='
+        ' "native"',
+        f'{at}5: data.sources[0].kind = "chat": {order} reads indexed token files only',
+        f"{at}5: data.sources[1].epochs = 2: {order} repeats a source as often as its weight needs; leave it out",
+    ]
+    assert problems(f"[data]\n{order.removeprefix('data.')}\n", tmp_path) == [
+        f"{at}2: {order}: is an order of indexed token files; name them in [[data.sources]]"
+    ]
+
+
+def test_labels_cross_documents_only_where_they_follow_each_other(tmp_path: Path) -> None:
+    toml = '[data]\ncross_document_labels = true\ndocument_mask = true\npacking = "best_fit"\n'
+    at, key = f"{tmp_path}/job.toml:2", "data.cross_document_labels = true"
+    assert problems(toml, tmp_path) == [
+        f"{at}: {key}: data.document_mask hides a document from the next one, which therefore cannot be predicted from"
+        " it; set one of them to false",
+        f'{at}: {key}: needs data.packing = "concat", not "best_fit"',
+    ]
