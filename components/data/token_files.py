@@ -1,0 +1,215 @@
+"""Documents that are token ids already: Megatron-LM's `.bin/.idx` pairs, or several of them as one source.
+
+Documents are numbered through all parts, in the order that the parts were given. A part reads its own; what a part is
+made of (an index, or marks between documents) nobody else needs to know.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+import xxhash
+
+from components.data.token_bytes import TokenBytes
+from components.data.token_index import open_index
+from components.runtime.errors import DataError
+
+SAMPLE, SAMPLES = 4096, 64  # bytes in a block, and blocks, of the tokens that the content key looks at
+
+
+class Part(Protocol):
+    """Documents of one file. Each of them is one or more sequences, which lie one after the other."""
+
+    name: str
+    """For messages."""
+    documents: int
+    sequences: int
+    tokens: int
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document. # (documents,) int64"""
+        ...
+
+    def sequence_lengths(self) -> np.ndarray:
+        """Tokens of each sequence. # (sequences,) int64"""
+        ...
+
+    def boundaries(self) -> np.ndarray:
+        """First sequence of each document, and the number of sequences. # (documents + 1,) int64"""
+        ...
+
+    def document(self, index: int) -> tuple[int, int]:
+        """First token of a document, and the one after its last."""
+        ...
+
+    def sequence(self, index: int) -> tuple[int, int]:
+        """First token of a sequence, and the one after its last."""
+        ...
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens. Raises DataError if the files have changed. # (stop - start,) int64"""
+        ...
+
+    def digest(self) -> bytes:
+        """Of what the tokens and documents are."""
+        ...
+
+
+class IndexedPart:
+    """A checked pair of files. Raises DataError."""
+
+    def __init__(self, prefix: str) -> None:
+        self.name = prefix
+        self._index, self._bytes = open_index(prefix)
+        self._dtype = self._index.header.dtype
+        if self._dtype.kind == "f":
+            raise DataError(f"{prefix}.idx: holds {self._dtype.name}, which are no token ids")
+        self.documents, self.sequences = self._index.header.documents, self._index.header.sequences
+        self.tokens = self._bytes.size // self._dtype.itemsize
+
+    def lengths(self) -> np.ndarray:
+        """See Part."""
+        ends = np.cumsum(self.sequence_lengths())
+        return np.diff(np.concatenate([[0], ends])[self.boundaries()])
+
+    def sequence_lengths(self) -> np.ndarray:
+        """See Part."""
+        self._index.check()
+        return self._index.lengths.astype(np.int64)
+
+    def boundaries(self) -> np.ndarray:
+        """See Part."""
+        self._index.check()
+        return self._index.documents.copy()
+
+    def document(self, index: int) -> tuple[int, int]:
+        """See Part."""
+        self._index.check()
+        first, last = self._index.documents[index : index + 2].tolist()
+        return self._start(first), self._start(last)
+
+    def sequence(self, index: int) -> tuple[int, int]:
+        """See Part."""
+        self._index.check()
+        return self._start(index), self._start(index + 1)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """See Part."""
+        return self._bytes.array(self._dtype, start * self._dtype.itemsize, stop - start).astype(np.int64)
+
+    def digest(self) -> bytes:
+        """Of the whole index and a sample of the tokens."""
+        return hash_parts([self._index.digest(), hash_sample(self._bytes)])
+
+    def _start(self, sequence: int) -> int:
+        if sequence == self.sequences:
+            return self.tokens
+        return int(self._index.pointers[sequence]) // self._dtype.itemsize
+
+
+class TokenFiles:
+    """RandomAccess over one or more parts: their documents one after the other.
+
+    Beyond RandomAccess: lengths without reading, parts of documents, and sequences (Megatron-LM's unit of GPT data).
+    """
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self._parts = tuple(parts)
+        self._documents = np.cumsum([0, *(x.documents for x in parts)])
+        self._sequences = np.cumsum([0, *(x.sequences for x in parts)])
+        self.tokens = sum(x.tokens for x in parts)
+        """Tokens in all."""
+        if not self.tokens:
+            raise DataError(f"{parts[0].name}: no tokens in {len(parts)} file(s); give a dataset that is not empty")
+
+    def __len__(self) -> int:
+        return int(self._documents[-1])
+
+    @property
+    def sequences(self) -> int:
+        """Number of sequences."""
+        return int(self._sequences[-1])
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document. # (documents,) int64"""
+        return np.concatenate([x.lengths() for x in self._parts])
+
+    @cached_property
+    def sequence_lengths(self) -> np.ndarray:
+        """Tokens of each sequence. # (sequences,) int64"""
+        return np.concatenate([x.sequence_lengths() for x in self._parts])
+
+    @cached_property
+    def boundaries(self) -> np.ndarray:
+        """First sequence of each document, and the number of sequences. # (documents + 1,) int64"""
+        starts = [x.boundaries()[:-1] + first for x, first in zip(self._parts, self._sequences, strict=False)]
+        return np.concatenate([*starts, self._sequences[-1:]])
+
+    def document(self, index: int) -> np.ndarray:
+        """Tokens of a document. Raises DataError if the files have changed. # (tokens,) int64"""
+        return self.read(index)
+
+    def read(self, index: int, offset: int = 0, count: int | None = None) -> np.ndarray:
+        """`count` tokens of a document from `offset` on; None, or fewer there: to its end. # (≤ count,) int64"""
+        part, i = self._find(self._documents, index)
+        return _read(part, *part.document(i), offset, count)
+
+    def read_sequence(self, index: int, offset: int = 0, count: int | None = None) -> np.ndarray:
+        """The same of a sequence. # (≤ count,) int64"""
+        part, i = self._find(self._sequences, index)
+        return _read(part, *part.sequence(i), offset, count)
+
+    def place(self, index: int) -> str:
+        """File and document in it."""
+        part, i = self._find(self._documents, index)
+        return f"{part.name}: document {i}"
+
+    @cached_property
+    def content_key(self) -> str:
+        """Digest of what the documents are: whole indices, sampled tokens. Wherever the files lie, and when made."""
+        return hash_parts([x.digest() for x in self._parts]).hex()
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """See RandomAccess."""
+        return {"documents": len(self), "tokens": self.tokens, "digest": self.content_key}
+
+    def _find(self, firsts: np.ndarray, index: int) -> tuple[Part, int]:
+        if not 0 <= index < firsts[-1]:
+            raise IndexError(f"{self._parts[0].name}: no number {index} among {firsts[-1]}")
+        if len(self._parts) == 1:
+            return self._parts[0], index
+        i = int(np.searchsorted(firsts, index, side="right")) - 1
+        return self._parts[i], index - int(firsts[i])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the arrays that are made again from the files: a worker that is spawned maps them instead."""
+        return {k: v for k, v in self.__dict__.items() if k not in ("lengths", "sequence_lengths", "boundaries")}
+
+
+def hash_parts(parts: Sequence[bytes]) -> bytes:
+    """One digest of several byte strings; where one ends matters."""
+    digest = xxhash.xxh3_128()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.digest()
+
+
+def hash_sample(file: TokenBytes) -> bytes:
+    """Digest of a file's size and of blocks spread evenly over it; of all of it, if it is small."""
+    last = max(0, file.size - SAMPLE)
+    count = min(SAMPLES, -(-file.size // SAMPLE))
+    offsets = [last * i // max(1, count - 1) for i in range(count)]
+    return hash_parts([file.size.to_bytes(8, "little"), *file.blocks(offsets, SAMPLE)])
+
+
+def _read(part: Part, start: int, stop: int, offset: int, count: int | None) -> np.ndarray:
+    first = min(start + offset, stop)
+    return part.read(first, stop if count is None else min(first + count, stop))
+
+
+def open_tokens(path: str) -> TokenFiles:
+    """The documents of the prefix `path`. Raises DataError that says what is wrong with the files."""
+    return TokenFiles([IndexedPart(path.removesuffix(".bin").removesuffix(".idx"))])
