@@ -22,13 +22,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-import fsspec
 from fsspec.core import url_to_fs
 
 from components.checkpoint.manifest import MANIFEST, is_plain, parse
 from components.checkpoint.storage import Folder, HashedFile, aside_name, step_of
 from components.runtime.errors import CheckpointError
 from components.runtime.logging import logger
+from components.runtime.urls import protocol_problem
 
 MARK = ".unfinished"
 _OURS = re.compile(r"step-(?:0|[1-9][0-9]*)(?:\.[a-z]+-[0-9a-f]{16})?")
@@ -153,14 +153,6 @@ class RemoteFolder:
             files.invalidate_cache()
             if _info(files, path).get("type") == "directory" and not self.entries():
                 files.rmdir(path)
-
-
-def protocol_problem(url: str) -> str | None:
-    """Why nothing can be at this URL, whatever is installed; None if something can."""
-    protocol = url.partition("://")[0]
-    if protocol in {*fsspec.available_protocols(), *fsspec.registry}:
-        return None
-    return f"fsspec knows no {protocol}://; give a path, or a URL as in s3://bucket/name"
 
 
 def _connect(url: str) -> tuple[Any, str]:

@@ -63,6 +63,21 @@ class Sequential(Protocol):
 
 
 @runtime_checkable
+class Watched(Protocol):
+    """A source that can tell whether its files still are what they were when it was opened."""
+
+    def check(self) -> None:
+        """Raises DataError if one has changed or vanished; takes a system call a file."""
+        ...
+
+
+def check_unchanged(source: object) -> None:
+    """Let a source look at its files, if it can. To be called when an epoch begins."""
+    if isinstance(source, Watched):
+        source.check()
+
+
+@runtime_checkable
 class Placed(Protocol):
     """A source with random access, or a record of another, that can say where a document stands."""
 
@@ -92,14 +107,20 @@ class DatasetRequest:
     """The job's seed, likewise."""
     validation: bool
     """Opened for validation: the default split of a dataset that has several is the held-out one."""
+    fields: Sequence[str] | None = None
+    """Fields that will be read of each record, for files that need not be read whole; None: all."""
+    split: str | None = None
+    """Name of the split of a dataset that has several; None: see `validation`."""
+    subset: str | None = None
+    """Name of the subset (configuration) of a dataset that has several."""
 
 
-def bad_record(path: Path | str, line: int, column: int, what: str) -> BadRecord:
+def bad_record(path: object, line: int, column: int, what: str) -> BadRecord:
     """The error for a record; line and column count from 1, columns in characters."""
     return BadRecord(f"{path}:{line}:{column}: {what}; {MEND}")
 
 
-def decode(raw: bytes, path: Path | str, line: int) -> str:
+def decode(raw: bytes, path: object, line: int) -> str:
     """UTF-8 text of bytes that start at `line`. Raises BadRecord at the first byte that is none."""
     try:
         return raw.decode("utf-8")
@@ -111,29 +132,19 @@ def decode(raw: bytes, path: Path | str, line: int) -> str:
         ) from error
 
 
-def text_of(record: object, field: str, path: Path | str, line: int) -> str:
-    """Text field of a parsed record. Raises BadRecord if there is none, or if it is no text."""
-    if not isinstance(record, dict):
-        raise bad_record(path, line, 1, f"a record must be an object with fields, not {type(record).__name__}")
-    if field not in record:
-        there = ", ".join(repr(x) for x in record) or "none"
-        raise bad_record(
-            path, line, 1, f"no field {field!r} (fields: {there}; data.text_field names the field to read)"
-        )
-    text = record[field]
-    if not isinstance(text, str):
-        raise bad_record(path, line, 1, f"field {field!r} is {type(text).__name__}, not text")
-    if not text.isascii() and any("\ud800" <= x <= "\udfff" for x in text):
-        raise bad_record(path, line, 1, f"field {field!r} holds half of a surrogate pair, which is no character")
-    return text
+def record_of(parsed: object, path: object, line: int) -> dict[str, Any]:
+    """What was parsed, if it is an object with fields. Raises BadRecord."""
+    if not isinstance(parsed, dict):
+        raise bad_record(path, line, 1, f"a record must be an object with fields, not {type(parsed).__name__}")
+    return parsed
 
 
-def shrunk(path: Path | str) -> DataError:
+def shrunk(path: object) -> DataError:
     """The error for a file that has become shorter since the run began."""
     return DataError(f"{path}: was truncated or replaced while the run read it; restore the file as it was")
 
 
-def unreadable(path: Path | str, error: OSError) -> DataError:
+def unreadable(path: object, error: OSError) -> DataError:
     """The error for a file that the system does not let us read."""
     return DataError(f"{path}: cannot be read ({error.strerror or error}); check the path and its permissions")
 
@@ -141,6 +152,10 @@ def unreadable(path: Path | str, error: OSError) -> DataError:
 def files_fingerprint(files: Sequence[Path]) -> dict[str, Any]:
     """Number, size and digest of files by relative names and sizes: a copy elsewhere is the same data."""
     parent = os.path.commonpath([x.parent.absolute() for x in files])
-    sizes = [(x.absolute().relative_to(parent).as_posix(), x.stat().st_size) for x in files]
+    return digest_of([(x.absolute().relative_to(parent).as_posix(), x.stat().st_size) for x in files])
+
+
+def digest_of(sizes: Sequence[tuple[str, int]]) -> dict[str, Any]:
+    """`files_fingerprint` from names and sizes."""
     digest = hashlib.sha256("\n".join(f"{size} {name}" for name, size in sizes).encode()).hexdigest()[:16]
-    return {"files": len(files), "bytes": sum(size for _, size in sizes), "digest": digest}
+    return {"files": len(sizes), "bytes": sum(size for _, size in sizes), "digest": digest}

@@ -56,6 +56,7 @@ class TextEncoder:
         self._bos = [tokenizer.bos_id] if add_bos and tokenizer.bos_id is not None else []
         self._eos = [tokenizer.eos_id] if add_eos and tokenizer.eos_id is not None else []
         self.fingerprint: dict[str, Any] = {
+            "text_field": field,
             "tokenizer": tokenizer.fingerprint,
             "begin_token": tokenizer.bos_id if add_bos else None,
             "end_token": tokenizer.eos_id if add_eos else None,
@@ -102,7 +103,8 @@ def field_of(record: Mapping[str, Any], field: str, where: Where) -> str:
         there = ", ".join(repr(x) for x in record) or "none"
         raise _bad(where, f"no field {field!r} (fields: {there}; data.text_field names the field to read)")
     if not isinstance(record[field], str):
-        raise _bad(where, f"field {field!r} is {type(record[field]).__name__}, not text")
+        kind = "null" if record[field] is None else type(record[field]).__name__
+        raise _bad(where, f"field {field!r} is {kind}, not text")
     return whole_text(record[field], f"field {field!r}", where)
 
 

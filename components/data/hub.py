@@ -6,13 +6,16 @@ when a job resumes; `data.shuffle_window` does that work.
 """
 
 import re
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from components.data.documents import Read, files_fingerprint, text_of
+from components.data.documents import Read, unreadable
+from components.data.watch import LocalFile, fingerprint_of
 from components.runtime.errors import DataError
+
+EVERY = 256
+"""Documents of a saved dataset between two looks at its files."""
 
 
 def is_hub_name(path: str) -> bool:
@@ -28,9 +31,9 @@ def is_saved_dataset(folder: Path) -> bool:
 class HubStream:
     """Sequential over a streamed split."""
 
-    def __init__(self, path: str, field: str, split: str, subset: str | None = None) -> None:
-        self._path, self._field, self._split, self._subset = path, field, split, subset
-        self.fingerprint: dict[str, Any] = {"hub": path, "subset": subset, "split": split, "text_field": field}
+    def __init__(self, path: str, split: str, subset: str | None = None) -> None:
+        self._path, self._split, self._subset = path, split, subset
+        self.fingerprint: dict[str, Any] = {"hub": path, "subset": subset, "split": split}
 
     def records(self, start: int) -> Iterator[Read]:
         """Records from number `start` on. Raises DataError if the dataset cannot be opened or read."""
@@ -39,7 +42,7 @@ class HubStream:
 
             stream = datasets.load_dataset(self._path, name=self._subset, split=self._split, streaming=True)
             for number, record in enumerate(stream.skip(start), start=start + 1):
-                yield partial(text_of, dict(record), self._field, f"{self._path}[{self._split}]", number)
+                yield HubRecord(dict(record), f"{self._path}[{self._split}]:{number}")
         except (OSError, ValueError, RuntimeError) as error:  # the library's own errors derive from these
             raise self._error(error) from error
 
@@ -51,31 +54,60 @@ class HubStream:
         )
 
 
-class SavedDataset:
-    """RandomAccess over a folder that `Dataset.save_to_disk` wrote (memory-mapped)."""
+class HubRecord(NamedTuple):
+    """A record of a stream."""
 
-    def __init__(self, folder: Path, field: str) -> None:
+    fields: dict[str, Any]
+    where: str
+
+    def __call__(self) -> dict[str, Any]:
+        """Its fields."""
+        return self.fields
+
+    def place(self, index: int) -> str:
+        """Dataset, split and number, counted from 1."""
+        return self.where
+
+
+class SavedDataset:
+    """RandomAccess over a folder that `Dataset.save_to_disk` wrote (memory-mapped); `fields` None: all columns.
+
+    What is mapped and has vanished is still there; what was cut off ends the process that reads it. So the files are
+    looked at now and then.
+    """
+
+    def __init__(self, folder: Path, fields: Sequence[str] | None = None) -> None:
         import datasets
 
-        self._folder, self._field = folder, field
-        self._rows = datasets.Dataset.load_from_disk(str(folder))
-        names = self._rows.column_names
-        if field not in names:
-            raise DataError(
-                f"{folder}: no column {field!r} (columns: {', '.join(names)}); set data.text_field to one of them"
-            )
-        if not len(self._rows):
+        self.folder, self._reads = folder, 0
+        try:
+            rows = datasets.Dataset.load_from_disk(str(folder))
+        except OSError as error:
+            raise unreadable(folder, error) from error
+        if missing := [x for x in fields or () if x not in rows.column_names]:
+            told = f"no column {missing[0]!r} (columns: {', '.join(rows.column_names)})"
+            raise DataError(f"{folder}: {told}; set data.text_field, or the key of the source, to one")
+        if not len(rows):
             raise DataError(f"{folder}: no rows; give a dataset that is not empty")
-        files = sorted(folder.glob("*.arrow"))
-        self.fingerprint: dict[str, Any] = files_fingerprint(files) | {"text_field": field}
+        self._rows: Any = rows if fields is None else rows.select_columns([*fields])
+        self.files = [LocalFile(x) for x in sorted(folder.glob("*.arrow"))]
+        self.fingerprint: dict[str, Any] = fingerprint_of(self.files)
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def document(self, index: int) -> str:
-        """Text in row `index`. Raises BadRecord."""
-        return text_of(self._rows[index], self._field, self._folder, index + 1)
+    def document(self, index: int) -> dict[str, Any]:
+        """Row `index`. Raises DataError if a file has changed."""
+        if self._reads % EVERY == 0:
+            self.check()
+        self._reads += 1
+        return self._rows[index]
 
     def place(self, index: int) -> str:
-        """Folder and row."""
-        return f"{self._folder}:{index + 1}"
+        """Folder and row, counted from 1."""
+        return f"{self.folder}:{index + 1}"
+
+    def check(self) -> None:
+        """See Watched."""
+        for file in self.files:
+            file.check()

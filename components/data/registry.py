@@ -12,9 +12,11 @@ from components.data.files import is_local, open_files
 from components.data.hub import HubStream, SavedDataset, is_hub_name, is_saved_dataset
 from components.data.indexed import RowIndex, SyntheticRows
 from components.data.paths import find_path
+from components.data.remote import local_path
 from components.data.stdlib import open_stdlib
 from components.mesh.registry import Registry
 from components.runtime.errors import ConfigError, DataError
+from components.runtime.urls import is_url
 
 OpenDataset = Callable[[DatasetRequest], RandomAccess | Sequential | RowIndex]
 
@@ -34,37 +36,67 @@ def open_dataset(name: str, request: DatasetRequest) -> RandomAccess | Sequentia
         raise ConfigError(
             f"{section}.dataset = {name!r}: no such dataset; {allowed}; or any name together with dataset_path"
         )
-    return open_path(request.path, request.text_field, split="validation" if request.validation else "train")
+    return open_path(request.path, request)
 
 
 def open_path(
-    path: str, field: str, split: str, subset: str | None = None, patterns: Sequence[str] = ()
+    path: str,
+    request: DatasetRequest,
+    split: str | None = None,
+    subset: str | None = None,
+    patterns: Sequence[str] = (),
 ) -> RandomAccess | Sequential:
-    """Documents at a local path, or of a Hugging Face dataset where none exists. `patterns`: see `open_files`."""
-    found = find_path(path)
+    """Documents at a local path or URL, or of a Hugging Face dataset where none exists.
+
+    `split`, `subset`: what the name of a dataset stands for, if the request says nothing else. `patterns`: those of
+    that split, see `open_files`. Raises DataError.
+    """
+    patterns = () if request.split or request.subset else patterns
+    found = find_path(local_path(path))
     if found is not None and (found / "dataset_dict.json").is_file():
-        splits = ", ".join(sorted(str(Path(path) / x.name) for x in found.iterdir() if is_saved_dataset(x)))
-        raise DataError(f"{path}: a saved DatasetDict, which has a dataset for each split; name one of them: {splits}")
+        found = _split_of(path, found, request.split)
+    elif found is not None and is_saved_dataset(found) and request.split:
+        raise DataError(f"{path}: a saved dataset, which has no splits; leave out split = {request.split!r}")
     if found is not None and is_saved_dataset(found):
-        return SavedDataset(found, field)
-    if is_local(path) or not is_hub_name(path):
-        return open_files(path, field, patterns)
-    return HubStream(path, field, split, subset)
+        return SavedDataset(found, request.fields)
+    if is_url(path) or is_local(path) or not is_hub_name(path):
+        return open_files(path, request.fields, patterns, request.split, request.subset)
+    default = split or ("validation" if request.validation else "train")
+    return HubStream(path, request.split or default, request.subset or subset)
+
+
+def _split_of(path: str, folder: Path, split: str | None) -> Path:
+    """The folder of a split of a saved DatasetDict. Raises DataError."""
+    if split is not None and is_saved_dataset(folder / split):
+        return folder / split
+    splits = ", ".join(sorted(str(Path(path) / x.name) for x in folder.iterdir() if is_saved_dataset(x)))
+    raise DataError(f"{path}: a saved DatasetDict, which has a dataset for each split; name one of them: {splits}")
 
 
 def hub_dataset(path: str, split: str, subset: str | None = None, patterns: Sequence[str] = ()) -> OpenDataset:
     """An entry for a Hugging Face dataset. `dataset_path` may name a local copy; `patterns` pick the split's files."""
-    return lambda request: open_path(request.path or path, request.text_field, split, subset, patterns)
+    return lambda request: open_path(request.path or path, request, split, subset, patterns)
 
 
 def local_dataset(path: str) -> OpenDataset:
     """An entry for local files."""
-    return lambda request: open_path(request.path or path, request.text_field, split="train")
+    return lambda request: open_path(request.path or path, request)
 
 
 def stdlib_dataset(split: str) -> OpenDataset:
     """An entry for the standard library; `dataset_path` may name another Python's."""
-    return lambda request: open_stdlib(split, Path(request.path) if request.path else None)
+
+    def open_it(request: DatasetRequest) -> RandomAccess:
+        _without_splits("of the standard library has names of its own for its splits", request)
+        return open_stdlib(split, Path(request.path) if request.path else None)
+
+    return open_it
+
+
+def _without_splits(why: str, request: DatasetRequest) -> None:
+    for key, value in (("split", request.split), ("subset", request.subset)):
+        if value is not None:
+            raise ConfigError(f"{key} = {value!r}: the dataset {why}; leave it out")
 
 
 def _synthetic(request: DatasetRequest) -> RowIndex:
@@ -72,6 +104,7 @@ def _synthetic(request: DatasetRequest) -> RowIndex:
         raise ConfigError(
             f"dataset_path = {request.path!r}: the dataset 'synthetic' is drawn, not read; remove the path"
         )
+    _without_splits("'synthetic' has none", request)
     return SyntheticRows(request.seed, request.vocab_size, request.seq_len, validation=request.validation)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from components.data.documents import BadRecord
 from components.data.textfiles import TextFiles
+from components.data.watch import LocalFile
 from components.runtime.errors import DataError
 
 SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
@@ -49,4 +50,4 @@ def open_stdlib(split: str, root: Path | None = None) -> StandardLibrary:
         )
     held_out = split == "validation"
     chosen = [x for i, x in enumerate(files) if (i % HELD_OUT_EVERY == HELD_OUT_EVERY - 1) == held_out]
-    return StandardLibrary(chosen, {"python": platform.python_version(), "split": split})
+    return StandardLibrary([LocalFile(x) for x in chosen], {"python": platform.python_version(), "split": split})

@@ -12,7 +12,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
-from components.checkpoint.remote import protocol_problem
 from components.config.annotations import hints_of, toml_literal
 from components.config.checkpoint import Checkpoint
 from components.config.job_config import JobConfig
@@ -24,6 +23,7 @@ from components.mesh.degrees import Degrees, resolve_degrees
 from components.optim.schedule import schedule_problems
 from components.parallel.pipeline_schedules import pipeline_problems
 from components.runtime.errors import ConfigError, MeshError
+from components.runtime.urls import protocol_problem
 from trainer.config.names import check_names, find_model
 from trainer.config.one_process import one_process_problems
 from trainer.config.sources import check_sources

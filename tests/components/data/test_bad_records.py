@@ -83,14 +83,20 @@ def test_several_members(tmp_path: Path, extension: str) -> None:
     assert [x() for x in readers(path)] == ["good", "good"]
 
 
-def test_null_in_parquet(tmp_path: Path) -> None:
+def test_bad_text_in_parquet(tmp_path: Path) -> None:
     path = tmp_path / "x.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b", "c", None]}), path, row_group_size=2)
-    *good, null = readers(path)
+    column = pyarrow.array([b"a", b"b", b"c", None, b"d\xff"], pyarrow.binary()).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": column, "n": range(5)}), path, row_group_size=2)
+    *good, null, latin = readers(path)
     assert [x() for x in good] == ["a", "b", "c"]
-    with pytest.raises(BadRecord) as error:
-        null()
-    assert str(error.value) == f"{path}:4:1: column 'text' is null in this row; {MEND}"
+    for read, told in (
+        (null, "[row group 1]:4:1: field 'text' is null, not text"),
+        (latin, "[row group 2]:5:1: column 'text' is not UTF-8 (byte 0xff)"),
+        (readers(path, "n")[3], "[row group 1]:4:1: field 'n' is int, not text"),
+    ):
+        with pytest.raises(BadRecord) as error:
+            read()
+        assert str(error.value) == f"{path}{told}; {MEND}"
 
 
 def test_text_that_is_not_utf8(tmp_path: Path) -> None:
@@ -111,15 +117,15 @@ def test_skipping_keeps_the_order_of_the_rest(
     lines = [b"broken" if i % 5 == 1 else json.dumps({"text": x}).encode() for i, x in enumerate(documents)]
     raw = b"\n".join(lines)
     path.write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
-    source = streamed(open_files(str(path), "text"), streams=2, seed=None, ending="pad", skip_bad=True)
+    source = streamed(open_files(str(path)), streams=2, seed=None, ending="pad", skip_bad=True)
     (loader,) = loaders(source, 2, 1, workers)
     got = [x for x, _ in run([loader])]
-    assert loader.report() == {"skipped_records": 5}
+    assert loader.report()["skipped_records"] == 5
 
     good = write_lines(tmp_path / "good.jsonl", documents)
-    kept = streamed(open_files(str(good), "text"), streams=2, seed=None, ending="pad")
-    tokens = kept._tokens
-    monkeypatch.setattr(kept, "_tokens", lambda x: tokens(x)[: 0 if x.position % 5 == 1 else None])
+    kept = streamed(open_files(str(good)), streams=2, seed=None, ending="pad")
+    made = kept._encoded
+    monkeypatch.setattr(kept, "_encoded", lambda source, x: None if x.position % 5 == 1 else made(source, x))
     expected = [x for x, _ in run(loaders(kept, 2, 1))]
     assert len(got) == len(expected)
     assert all((a == b).all() for a, b in zip(got, expected, strict=True))
@@ -129,7 +135,7 @@ def test_skipping_keeps_the_order_of_the_rest(
 def test_the_error_comes_out_of_the_loader_as_it_is(tmp_path: Path, workers: int) -> None:
     path = tmp_path / "x.jsonl"
     path.write_bytes(b"\n".join([*[json.dumps({"text": x}).encode() for x in texts(6)], b"{"]))
-    (loader,) = loaders(streamed(open_files(str(path), "text"), streams=2, seed=None), 2, 1, workers)
+    (loader,) = loaders(streamed(open_files(str(path)), streams=2, seed=None), 2, 1, workers)
     with pytest.raises(BadRecord) as error:
         list(loader)
     expected = f"{path}:7:2: truncated JSON (Expecting property name enclosed in double quotes); {MEND}"
