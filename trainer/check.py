@@ -33,7 +33,7 @@ def run_check(argv: list[str], environ: Mapping[str, str]) -> int:
 
 def _check(argv: list[str], environ: Mapping[str, str]) -> int:
     arguments, size = _own_arguments(argv)
-    world_size = _count("NGPU", environ) * _count("NNODES", environ) if size is None else size
+    world_size = world_of(environ) if size is None else size
     resolved = resolve(arguments, environ)
     if resolved.job.job.print_config and not resolved.problems:
         print(print_config(resolved))
@@ -56,6 +56,11 @@ def _own_arguments(argv: list[str]) -> tuple[list[str], int | None]:
         else:
             arguments.append(word)
     return arguments, size
+
+
+def world_of(environ: Mapping[str, str]) -> int:
+    """The ranks that NGPU and NNODES say. Raises ConfigError."""
+    return _count("NGPU", environ) * _count("NNODES", environ)
 
 
 def _count(variable: str, environ: Mapping[str, str]) -> int:

@@ -19,8 +19,16 @@ from components.metrics.step import Validated
 from components.runtime.errors import DataError
 
 if TYPE_CHECKING:
+    from components.config.training import Validation
     from components.data.loader import Loader
     from trainer.trainer import Trainer
+
+
+def sets_of(config: Validation) -> dict[str, Validation]:
+    """Each validation set by its name, as a section of its own."""
+    if not config.sources:
+        return {config.dataset: config}
+    return {name_of(source): replace(config, sources=[source]) for source in config.sources}
 
 
 class Validator:
@@ -28,12 +36,8 @@ class Validator:
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
-        self.config = config = trainer.job.validation
-        if config.sources:
-            sets = {name_of(source): replace(config, sources=[source]) for source in config.sources}
-        else:
-            sets = {config.dataset: config}
-        self.loaders = {name: trainer.build_loader(section) for name, section in sets.items()}
+        self.config = trainer.job.validation
+        self.loaders = {name: trainer.build_loader(section) for name, section in sets_of(self.config).items()}
 
     @torch.no_grad()
     def validate(self, step: int) -> float | Validated:
