@@ -1,34 +1,41 @@
 """Grouped-query attention, causal, through PyTorch's fused kernels.
 
 Where attention is causal and no more, the kernel's own causal path is used, and no mask exists. Documents, windows and
-chunks are said by a boolean mask, built once per forward and shared by all blocks of the same reach: seq² bytes, with
-documents for each row. Cutting rows at their documents would save both and was rejected: shapes would depend on the
-data, which compilation, pipeline stages and equal work per rank all need them not to. What a mask empties is computed
-all the same; flex attention, which would skip it, is fast only when compiled.
+chunks are said by a mask, built once per forward and shared by all blocks of the same reach. On CUDA it is a block mask
+(`block_mask`), and what it empties is skipped. Elsewhere, where ranks share rows, and where there are sinks it is a
+boolean mask: seq² bytes, with documents for each row, and what it empties is computed all the same. Cutting rows at
+their documents would save both and was rejected: shapes would depend on the data, which compilation, pipeline stages
+and equal work per rank all need them not to.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from components.layers import block_mask
+from components.layers.block_mask import Blocks
 from components.layers.initialize import Constant, Init
 from components.layers.norm import norm, norm_inits, unweighted_norm
 from components.layers.rotary import Rotation, apply_rotary
-from components.layers.shapes import AttentionShape, NormShape, Reach, Temperature
+from components.layers.shapes import AttentionShape, LatentShape, NormShape, Reach, Temperature
 from components.mesh.attention_kernels import for_all_heads
 from components.mesh.batch import Part
 from components.mesh.tiled_attention import Tiling, single, tiled_attention
+
+Mask = Tensor | Blocks | None
+"""Which keys each query may see. None: causal attention over whole rows."""
 
 
 class AttentionMask(nn.Module):
     """Makes the mask that all blocks of a kind share in a forward pass. A module, so that context parallelism can
     replace it."""
 
-    def __init__(self, reach: Reach) -> None:
+    def __init__(self, reach: Reach, in_blocks: bool = False) -> None:
+        """`in_blocks`: all attention that gets the mask can take a block mask (`takes_blocks`)."""
         super().__init__()
-        self.reach = reach
+        self.reach, self.in_blocks = reach, in_blocks
 
-    def forward(self, positions: Tensor, document_ids: Tensor | None, part: Part | None = None) -> Tensor | None:
+    def forward(self, positions: Tensor, document_ids: Tensor | None, part: Part | None = None) -> Mask:
         """Which keys each query may see: not later ones, of its own document, within the reach.
 
         Args:
@@ -38,14 +45,16 @@ class AttentionMask(nn.Module):
             part: Where in longer rows the queries stand; None: they are the whole rows.
 
         Returns:
-            Bool mask, True where attention is allowed # (rows or 1, 1, queries, seq), or None: causal attention over
-            whole rows.
+            Bool mask, True where attention is allowed # (rows or 1, 1, queries, seq), or for whole rows, where the
+            device has a kernel for it, a block mask, or None: causal attention over whole rows.
         """
-        length = positions.shape[1]
-        part = part or Part(torch.arange(length, device=positions.device), length, _as_it_is)
-        window, chunk = (_less(limit, part.length) for limit in (self.reach.window, self.reach.chunk))
+        length = positions.shape[1] if part is None else part.length
+        window, chunk = (_less(limit, length) for limit in (self.reach.window, self.reach.chunk))
         if document_ids is None and window is None and chunk is None:
             return None
+        if part is None and self.in_blocks and block_mask.usable(positions):
+            return block_mask.blocks(positions, document_ids, window, chunk)
+        part = part or Part(torch.arange(length, device=positions.device), length, _as_it_is)
         allowed = part.not_later()[None]
         if document_ids is not None:
             allowed = allowed & (document_ids[:, :, None] == part.whole(document_ids)[:, None, :])
@@ -74,6 +83,13 @@ def _places(positions: Tensor, documents: bool, part: Part) -> tuple[Tensor, Ten
     return part.index[None, :, None], torch.arange(part.length, device=part.index.device)[None, None, :]
 
 
+def takes_blocks(shape: AttentionShape | LatentShape) -> bool:
+    """Whether attention of this shape can take a block mask: no sinks, no heads narrower than the kernels'."""
+    if isinstance(shape, LatentShape):
+        return min(shape.head_dim, shape.v_dim) >= block_mask.LEAST_WIDTH
+    return not shape.sinks and shape.head_dim >= block_mask.LEAST_WIDTH
+
+
 class InnerAttention(nn.Module):
     """Attention proper: queries, keys, values in, values out. A module, so that context parallelism can wrap it."""
 
@@ -87,7 +103,7 @@ class InnerAttention(nn.Module):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        mask: Tensor | None = None,
+        mask: Mask = None,
         sinks: Tensor | None = None,
         tiling: Tiling | None = None,
     ) -> Tensor:
@@ -100,13 +116,15 @@ class InnerAttention(nn.Module):
             q: Queries. # (rows, heads, seq, head_dim)
             k: Keys; `heads` is a multiple of their heads. # (rows, kv_heads, keys, head_dim)
             v: Values. # (rows, kv_heads, keys, value_dim)
-            mask: Bool, True where allowed. # (rows or 1, 1, seq, keys)
+            mask: Bool, True where allowed # (rows or 1, 1, seq, keys), or blocks, with neither sinks nor tiling.
             sinks: Score of each head's sink (`tiled_attention`); None: there are none. # (heads,)
             tiling: How ranks that share rows put attention together; None: every query meets all keys, which are here.
 
         Returns:
             # (rows, heads, seq, value_dim)
         """
+        if isinstance(mask, Blocks):
+            return block_mask.attend(q, k, v, mask.mask, self.scale)
         if sinks is not None or tiling is not None:
             tiling = tiling or single(q.shape[2], k.shape[2], causal=mask is None)
             return tiled_attention(q, k, v, mask, tiling, self.scale, sinks)
@@ -135,7 +153,7 @@ class Attention(nn.Module):
         )
         self.sinks = nn.Parameter(torch.empty(shape.n_heads)) if shape.sinks else None
 
-    def forward(self, x: Tensor, turn: Rotation | None, mask: Tensor | None, positions: Tensor) -> Tensor:
+    def forward(self, x: Tensor, turn: Rotation | None, mask: Mask, positions: Tensor) -> Tensor:
         """Attend within each row. # (rows, seq, dim) → (rows, seq, dim)
 
         `turn`: of the layer's rotary positions, None if it has none. `mask`: `AttentionMask`'s, or None for causal

@@ -13,7 +13,7 @@ kv_rank wide instead of head_dim.
 import torch
 from torch import Tensor, nn
 
-from components.layers.attention import InnerAttention
+from components.layers.attention import InnerAttention, Mask
 from components.layers.initialize import Init
 from components.layers.norm import norm, norm_inits
 from components.layers.rotary import Rotation, rotate
@@ -42,7 +42,7 @@ class LatentAttention(nn.Module):
         self.wo = nn.Linear(shape.n_heads * shape.v_dim, dim, bias=False)
         self.inner = InnerAttention(shape.scale)
 
-    def forward(self, x: Tensor, turn: Rotation | None, mask: Tensor | None, positions: Tensor) -> Tensor:
+    def forward(self, x: Tensor, turn: Rotation | None, mask: Mask, positions: Tensor) -> Tensor:
         """See `Attention.forward`. # (rows, seq, dim) → (rows, seq, dim)"""
         q, k, v = (part.transpose(1, 2) for part in self.heads(x, turn))
         out = self.inner(q, k, v, mask)

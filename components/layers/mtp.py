@@ -12,6 +12,7 @@ blocks and head. (In the block's recomputation it would run before FSDP knows th
 import torch
 from torch import Tensor, nn
 
+from components.layers.attention import Mask
 from components.layers.norm import norm
 from components.layers.rotary import Rotation
 from components.layers.shapes import NormShape
@@ -32,7 +33,7 @@ class Ahead(nn.Module):
         hidden: Tensor,
         embedded: Tensor,
         turn: Rotation | None,
-        mask: Tensor | None,
+        mask: Mask,
         positions: Tensor,
         shares: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:

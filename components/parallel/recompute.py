@@ -31,6 +31,10 @@ MATMULS = {"aten::mm": 1, "aten::addmm": 2, "aten::_grouped_mm": 1}
 """Matrix products, of which `op` keeps the first, third, …; and which of their arguments is the weight, transposed."""
 
 
+COMPILED, FLEX = "inductor_compiled_code", "flex_attention"
+"""What torch calls a kernel that is compiled apart from its block, and the only one that is here."""
+
+
 DRAWINGS = "memory_budget_pareto"
 """Folder inside `dump_folder` for drawings of what other budgets would cost."""
 
@@ -122,7 +126,7 @@ def _policy(kept: frozenset[str], cheap: frozenset[tuple[int, ...]]) -> Callable
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         name = op.name()
-        keep = name in kept
+        keep = (FLEX if name == COMPILED else name) in kept
         if name in MATMULS and tuple(args[MATMULS[name]].shape) not in cheap:
             matmuls[context.is_recompute] += 1
             keep = matmuls[context.is_recompute] % 2 == 1

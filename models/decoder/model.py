@@ -6,7 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from components.layers.attention import Attention, AttentionMask
+from components.layers.attention import Attention, AttentionMask, Mask, takes_blocks
 from components.layers.feed_forward import FeedForward
 from components.layers.head import Head
 from components.layers.initialize import Init, Normal
@@ -43,7 +43,7 @@ class Block(nn.Module):
             self.feed_forward = FeedForward(args.dim, shape.feed_forward)
 
     def forward(
-        self, x: Tensor, turn: Rotation | None, mask: Tensor | None, positions: Tensor, shares: Tensor | None
+        self, x: Tensor, turn: Rotation | None, mask: Mask, positions: Tensor, shares: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """# (rows, seq, dim) → (rows, seq, dim), and what `MoE` returns besides"""
         out, counts = self.attention(self.attention_norm(x), turn, mask, positions), None
@@ -69,8 +69,12 @@ class Decoder(nn.Module):
         super().__init__()
         self.args = args
         blocks = args.blocks
-        self.reaches = list(dict.fromkeys(block.attention.reach for block in (*blocks, *args.ahead)))
-        self.masks = nn.ModuleList(AttentionMask(reach) for reach in self.reaches)
+        kinds = [block.attention for block in (*blocks, *args.ahead)]
+        self.reaches = list(dict.fromkeys(kind.reach for kind in kinds))
+        self.masks = nn.ModuleList(
+            AttentionMask(reach, all(takes_blocks(kind) for kind in kinds if kind.reach == reach))
+            for reach in self.reaches
+        )
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
         self.layers = nn.ModuleDict({str(i): Block(args, shape) for i, shape in enumerate(blocks)})
         ahead = (Ahead(args.dim, args.norms, Block(args, shape)) for shape in args.ahead)
@@ -127,7 +131,7 @@ class Decoder(nn.Module):
 
     def _around(
         self, blocks: Sequence[Block], positions: Tensor, document_ids: Tensor | None
-    ) -> Callable[[Block], tuple[Rotation | None, Tensor | None]]:
+    ) -> Callable[[Block], tuple[Rotation | None, Mask]]:
         """What each block gets besides its input: one rotation of a kind for all, and one mask."""
         masks = self._masks({block.shape.attention.reach for block in blocks}, positions, document_ids)
         kinds = dict.fromkeys((b.shape.attention.rope, b.shape.attention.rotary_width) for b in blocks)
@@ -152,7 +156,7 @@ class Decoder(nn.Module):
             return embedded
         return embedded * torch.tensor(scale, dtype=embedded.dtype)  # rounded to the type of compute, as published
 
-    def _masks(self, needed: set[Reach], positions: Tensor, document_ids: Tensor | None) -> dict[Reach, Tensor | None]:
+    def _masks(self, needed: set[Reach], positions: Tensor, document_ids: Tensor | None) -> dict[Reach, Mask]:
         kinds = zip(self.reaches, self.masks, strict=True)
         return {reach: mask(positions, document_ids) for reach, mask in kinds if reach in needed}
 
