@@ -1,17 +1,17 @@
 """From the sections of a job to its tokenizer and its loaders: the defaults of a TrainSpec."""
 
-from typing import Any
-
-from components.config.data import Data
 from components.config.job_config import JobConfig
 from components.config.training import Training, Validation
-from components.data.documents import DatasetRequest, RandomAccess, Sequential
+from components.data.documents import DatasetRequest
+from components.data.encoding import TextEncoder
 from components.data.indexed import IndexedRows, RowIndex
 from components.data.loader import Loader
-from components.data.order import Deal, RandomDeal, WindowedDeal
+from components.data.mixture import StreamSource
+from components.data.order import deal
+from components.data.packing import Packing
 from components.data.registry import open_dataset
 from components.data.rows import Ending, RowSource
-from components.data.streamed import Packing, StreamedRows
+from components.data.streamed import StreamedRows
 from components.data.tokenizer import Tokenizer, load_tokenizer
 from components.runtime.errors import ConfigError
 
@@ -50,7 +50,8 @@ def _source(
 ) -> RowSource:
     validation = isinstance(section, Validation)
     seed = job.debug.seed or 0
-    request = DatasetRequest(section.dataset_path, job.data.text_field, section.seq_len, vocab_size, seed, validation)
+    field = job.data.text_field
+    request = DatasetRequest(section.dataset_path, field, section.seq_len, vocab_size, seed, validation, (field,))
     ending: Ending = "pad" if validation else job.data.on_end
     opened = open_dataset(section.dataset, request)
     if isinstance(opened, RowIndex):
@@ -58,7 +59,13 @@ def _source(
             raise ConfigError(
                 f"validation.steps = -1: the dataset {section.dataset!r} has no end; set a number of steps"
             )
-        return IndexedRows(opened, global_batch=rows, document_mask=job.data.document_mask, ending=ending)
+        return IndexedRows(
+            opened,
+            global_batch=rows,
+            document_mask=job.data.document_mask,
+            ending=ending,
+            cross_document_labels=job.data.cross_document_labels,
+        )
     if tokenizer is None:
         raise ConfigError(f"dataset {section.dataset!r}: its documents need a tokenizer; set model.hf_assets_path")
     if tokenizer.vocab_size > vocab_size:
@@ -67,30 +74,34 @@ def _source(
             " choose a flavor with a larger vocabulary, or another model.hf_assets_path"
         )
     streams = rows if validation or job.data.streams == -1 else job.data.streams
-    deal = _deal(opened, job.data, streams, None if validation or not job.data.shuffle else seed, ending)
-    packing = Packing(section.seq_len, job.data.add_bos, job.data.add_eos, job.data.document_mask)
-    skip_bad = job.data.on_bad_record == "skip"
-    fingerprint = _fingerprint(opened, deal, packing, tokenizer)
-    return StreamedRows(deal, tokenizer, packing, ending=ending, skip_bad=skip_bad, fingerprint=fingerprint)
+    dealt = deal(
+        opened,
+        name="",
+        streams=streams,
+        seed=None if validation or not job.data.shuffle else seed,
+        epochs=None if ending == "repeat" else 1,
+        window=job.data.shuffle_window,
+    )
+    encoder = TextEncoder(tokenizer, job.data.text_field, add_bos=job.data.add_bos, add_eos=job.data.add_eos)
+    packing = _packing(job, section)
+    # what the meaning of a cursor depends on: not how the data end, nor what is done about bad records
+    fingerprint = {**opened.fingerprint, **dealt.fingerprint, **encoder.fingerprint, **packing.fingerprint}
+    return StreamedRows(
+        [StreamSource("", dealt, encoder)],
+        packing,
+        ending=ending,
+        skip_bad=job.data.on_bad_record == "skip",
+        fingerprint=fingerprint,
+    )
 
 
-def _deal(opened: RandomAccess | Sequential, data: Data, streams: int, seed: int | None, ending: Ending) -> Deal:
-    epochs = None if ending == "repeat" else 1
-    if isinstance(opened, RandomAccess):
-        return RandomDeal(opened, streams=streams, seed=seed, epochs=epochs)
-    return WindowedDeal(opened, streams=streams, seed=seed, epochs=epochs, window=data.shuffle_window)
-
-
-def _fingerprint(
-    opened: RandomAccess | Sequential, deal: Deal, packing: Packing, tokenizer: Tokenizer
-) -> dict[str, Any]:
-    """What the meaning of a cursor depends on: not how the data end, nor what is done about bad records."""
-    return {
-        **opened.fingerprint,
-        **deal.fingerprint,
-        "tokenizer": tokenizer.fingerprint,
-        "seq_len": packing.seq_len,
-        "begin_token": tokenizer.bos_id if packing.add_bos else None,
-        "end_token": tokenizer.eos_id if packing.add_eos else None,
-        "document_mask": packing.document_mask,
-    }
+def _packing(job: JobConfig, section: Training | Validation) -> Packing:
+    data = job.data
+    return Packing(
+        section.seq_len,
+        document_mask=data.document_mask,
+        cross_document_labels=data.cross_document_labels,
+        kind=data.packing,
+        window=data.packing_window,
+        long_documents=data.long_documents,
+    )

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from components.data.order import SYNTHETIC, raw_bits
-from components.data.rows import Cursor, Ending, Row, make_row
+from components.data.rows import Counts, Cursor, Ending, Row, make_row
 from components.runtime.errors import DataError
 
 
@@ -29,6 +29,15 @@ class RowIndex(Protocol):
 
     def row(self, n: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens of row n, and the document of each, counted from 0. # both (seq + 1,) int64"""
+        ...
+
+
+@runtime_checkable
+class MixedIndex(Protocol):
+    """A RowIndex over several sources, which knows how much a row takes from each."""
+
+    def mixture(self, rows: int) -> dict[str, int]:
+        """Tokens or documents, whatever weights are shares of, of each source by name in the first `rows` rows."""
         ...
 
 
@@ -56,13 +65,29 @@ class IndexedRows:
     """RowSource over a RowIndex."""
 
     kind = "indexed"
-    skipped = 0
 
-    def __init__(self, index: RowIndex, *, global_batch: int, document_mask: bool, ending: Ending) -> None:
-        self._index, self._mask = index, document_mask
-        self.streams, self.seq_len = global_batch, index.seq_len
+    def __init__(
+        self,
+        index: RowIndex,
+        *,
+        global_batch: int,
+        document_mask: bool,
+        ending: Ending,
+        cross_document_labels: bool = False,
+    ) -> None:
+        self._index, self._mask, self._cross = index, document_mask, cross_document_labels
+        self.streams, self.seq_len, self.counts = global_batch, index.seq_len, Counts()
         self.ending: Ending = ending
-        self.fingerprint: dict[str, Any] = index.fingerprint | {"seq_len": self.seq_len, "document_mask": document_mask}
+        self.fingerprint: dict[str, Any] = index.fingerprint | {
+            "seq_len": self.seq_len,
+            "document_mask": document_mask,
+            "cross_document_labels": cross_document_labels,
+        }
+
+    @property
+    def ends(self) -> bool:
+        """Whether there is a last row, and rows do not begin again after it."""
+        return self._index.count is not None and self.ending != "repeat"
 
     def start(self) -> list[Cursor]:
         """Row r of the first batch is row r."""
@@ -73,6 +98,10 @@ class IndexedRows:
         if not table or len(table[0]) != 1:
             raise DataError("the saved loader state holds no row number; start from another checkpoint")
         return self._from(int(table[0][0]))
+
+    def mixture(self, table: Sequence[Sequence[int]]) -> dict[str, int]:
+        """See Mixed; empty if the index knows of no sources."""
+        return self._index.mixture(int(table[0][0])) if isinstance(self._index, MixedIndex) else {}
 
     def _from(self, first: int) -> list[Cursor]:
         return [(first + r,) for r in range(self.streams)]
@@ -86,4 +115,6 @@ class IndexedRows:
         while count is None or n < count or self.ending == "repeat":
             tokens, ids = self._index.row(n if count is None else n % count)
             n += self.streams
-            yield make_row(tokens, ids, self.seq_len, self._mask), (n,)
+            self.counts.row_tokens += self.seq_len
+            row = make_row(tokens, ids, self.seq_len, document_mask=self._mask, cross_document_labels=self._cross)
+            yield row, (n,)

@@ -11,7 +11,7 @@ import signal
 import threading
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader as TorchDataLoader
 from torch.utils.data import IterableDataset, get_worker_info
 
 from components.config.training import DataLoader
-from components.data.rows import Cursor, Row, RowSource, padding_row
+from components.data.rows import Counts, Cursor, Mixed, Row, RowSource, padding_row
 from components.mesh.batch import Batch
 from components.runtime.errors import ConfigError, DataError, EspalierError
 from components.runtime.logging import logger
@@ -43,7 +43,7 @@ class _Block(NamedTuple):
 
     rows: Tensor  # (4, rows, seq) int64: the fields of a Row
     cursors: Tensor  # (rows, width) int64
-    skipped: int  # records skipped so far
+    counts: tuple[int, ...]  # of the source's copy so far: the fields of Counts
     ended: bool  # no row of it holds data
 
 
@@ -60,8 +60,8 @@ class Loader:
         self._source, self._settings = source, dataloader
         self.global_batch = global_batch
         self._mine = range(data_rank, global_batch, data_degree)
-        self._cursors = source.start()
-        self._skipped = [0]
+        self._cursors: list[Cursor] | None = None  # None: the start, which takes reading, and a state may replace it
+        self._counts: list[tuple[int, ...]] = []
         self._persistent: list[Any] = []  # torch's loader and its iterator, which own the worker processes
         weakref.finalize(self, _end, self._persistent)
         self._pin = dataloader.pin_memory and torch.accelerator.is_available()
@@ -83,16 +83,29 @@ class Loader:
         """What a saved state must agree with."""
         return self._source.fingerprint
 
+    @property
+    def ends(self) -> bool:
+        """Whether there is a last step."""
+        return self._source.ends
+
     def report(self) -> dict[str, int]:
-        """Counts of this rank since the iteration began: `skipped_records`, those that could not be read."""
-        return {"skipped_records": sum(self._skipped)}
+        """What this rank has done since the iteration began, workers included: the fields of Counts, by name."""
+        return {x.name: sum(part[i] for part in self._counts) for i, x in enumerate(fields(Counts))}
+
+    def mixture(self, table: Sequence[Sequence[int]]) -> dict[str, int]:
+        """Tokens or documents, whatever weights are shares of, that the job has had of each source, by name.
+
+        `table` as for `state_dict`. Empty where the source of rows does not know.
+        """
+        source = self._source
+        return source.mixture((*table, *self._rest(len(table)))) if isinstance(source, Mixed) else {}
 
     def __iter__(self) -> Iterator[StepRows]:
         """Steps of this rank, until its own rows end; see `steps` for ranks in agreement. Raises DataError."""
         for blocks in self._in_workers() if self._settings.num_workers else self._here():
             if all(x.ended for x in blocks):
                 return
-            self._skipped = [x.skipped for x in blocks]
+            self._counts = [x.counts for x in blocks]
             yield self._step(blocks)
 
     def steps(
@@ -100,13 +113,13 @@ class Loader:
     ) -> Generator[StepRows, None, None]:
         """Steps that end on all ranks of the data-parallel group at once, without communication where they never end.
 
-        With the ending `stop` all end before the first step that one of them cannot fill; with `pad` those that are
-        done give padding until the last one is.
+        With the ending `pad` those that are done give padding until the last one is; else all end before the first
+        step that one of them cannot fill.
         """
-        if self._source.ending == "repeat" or group is None:
+        if not self.ends or group is None:
             yield from self
             return
-        op = dist.ReduceOp.MIN if self._source.ending == "stop" else dist.ReduceOp.MAX
+        op = dist.ReduceOp.MAX if self._source.ending == "pad" else dist.ReduceOp.MIN
         own = iter(self)
         while True:
             step = next(own, None)
@@ -121,12 +134,11 @@ class Loader:
 
         Streams beyond the batch have not begun; they keep the cursor that they were loaded with.
         """
-        rest = self._cursors[len(table) :]
         return {
             "kind": self._source.kind,
             "fingerprint": self.fingerprint,
             "streams": self.streams,
-            "table": [list(x) for x in (*table, *rest)],
+            "table": [list(x) for x in (*table, *self._rest(len(table)))],
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -142,6 +154,16 @@ class Loader:
             )
         self._cursors = self._source.resume(state["table"])
         _end(self._persistent)  # they know only the old position
+
+    def _rest(self, rows: int) -> Sequence[Cursor]:
+        """Cursors of the streams beyond the first so many, which have not begun."""
+        return () if rows == self.streams else self._begun()[rows:]
+
+    def _begun(self) -> list[Cursor]:
+        """The cursor of each stream that the next iteration begins with."""
+        if self._cursors is None:
+            self._cursors = self._source.start()
+        return self._cursors
 
     def _here(self) -> Iterator[list[_Block]]:
         """Blocks of each step, made in this process."""
@@ -184,7 +206,7 @@ class Loader:
 
     def _position(self) -> dict[int, Cursor]:
         """The loaded cursors of this rank's streams."""
-        return {s: self._cursors[s] for s in self._mine}
+        return {s: self._begun()[s] for s in self._mine}
 
     def _step(self, blocks: Sequence[_Block]) -> StepRows:
         """Interleave the workers' rows."""
@@ -203,7 +225,7 @@ class Loader:
         """A step without labels."""
         row = padding_row(self._source.seq_len)
         batch = Batch(*(torch.from_numpy(np.tile(x, (self.rows, 1))) for x in row))
-        return StepRows(batch, torch.tensor([self._cursors[s] for s in self._mine]))
+        return StepRows(batch, torch.tensor([self._begun()[s] for s in self._mine]))
 
 
 def _check(source: RowSource, global_batch: int, data_degree: int, settings: DataLoader) -> None:
@@ -236,8 +258,11 @@ def _blocks(source: RowSource, cursors: Mapping[int, Cursor]) -> Iterator[_Block
         if missing and source.ending != "pad":
             return
         last = [old if x is None else x[1] for x, old in zip(made, last, strict=True)]
+        padding = missing * source.seq_len
+        source.counts.padding_tokens += padding
+        source.counts.row_tokens += padding
         rows = np.stack([np.stack(filler if x is None else x[0]) for x in made], axis=1)  # (4, rows, seq)
-        yield _Block(torch.from_numpy(rows), torch.tensor(last), source.skipped, missing == len(made))
+        yield _Block(torch.from_numpy(rows), torch.tensor(last), astuple(source.counts), missing == len(made))
 
 
 class _WorkerRows(IterableDataset[_Block | EspalierError | None]):

@@ -4,12 +4,15 @@ k counts over epochs: document p of epoch e is k = e·N + p. Cursors name (e, p)
 random access learns its N only at the end of a pass. Within an epoch the order is a permutation keyed by (seed, epoch):
 of all documents with random access, else of each window of `shuffle_window` documents, which is read again on resume.
 
+A source that has a name has an order of its own, so that two sources of one length are not shuffled alike.
+
 Permutations come from sorting the raw output of Philox: numpy keeps the bits of its bit generators stable from version
 to version, but not what `Generator.permutation` makes of them.
 """
 
+import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
@@ -36,6 +39,11 @@ def permutation(seed: int | None, epoch: int, window: int, count: int) -> np.nda
     return np.argsort(raw_bits(seed, epoch, window, ORDER, count), kind="stable")
 
 
+def named_seed(seed: int, name: str) -> int:
+    """The seed of a source's own draws; that of the job for a source without a name."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8]) if name else seed
+
+
 class Document(NamedTuple):
     """One document in its place; `read` gives its text or raises BadRecord, `where` says in which file and line."""
 
@@ -52,43 +60,65 @@ class Place(NamedTuple):
     position: int
 
 
+Walk = Generator[Document, None, Place]
+"""A stream's documents; returns the place that it would go on from after the last epoch."""
+
+
 class Deal(Protocol):
     """Documents in order, dealt to `streams` streams."""
 
     streams: int
+    epochs: int | None
+    """Passes over the documents; None: endless."""
 
     @property
     def fingerprint(self) -> dict[str, Any]:
         """What the order depends on besides the documents, as JSON values."""
         ...
 
-    def open(self, places: Mapping[int, Place]) -> dict[int, Iterator[Document]]:
+    def open(self, places: Mapping[int, Place]) -> dict[int, Walk]:
         """For each stream named, its documents from its place on, until the last epoch if there is one."""
         ...
+
+
+def deal(
+    documents: RandomAccess | Sequential, *, name: str, streams: int, seed: int | None, epochs: int | None, window: int
+) -> Deal:
+    """The deal of one source among several, or of a job's only one, which needs no name.
+
+    `window` is for sources without random access.
+    """
+    own = None if seed is None else named_seed(seed, name)
+    if isinstance(documents, RandomAccess):
+        return RandomDeal(documents, streams=streams, seed=own, epochs=epochs)
+    return WindowedDeal(documents, streams=streams, seed=own, epochs=epochs, window=window)
 
 
 class RandomDeal:
     """Deal of a source with random access: each stream looks up its own documents, whatever the others do."""
 
     def __init__(self, source: RandomAccess, *, streams: int, seed: int | None, epochs: int | None) -> None:
-        self.streams = streams
-        self._source, self._seed, self._epochs = source, seed, epochs
+        self.streams, self.epochs = streams, epochs
+        self._source, self._seed = source, seed
         self._orders: dict[int, np.ndarray] = {}
         self.fingerprint: dict[str, Any] = {"streams": streams, "shuffle_seed": seed}
 
-    def open(self, places: Mapping[int, Place]) -> dict[int, Iterator[Document]]:
+    def open(self, places: Mapping[int, Place]) -> dict[int, Walk]:
         """See Deal."""
         return {stream: self._walk(*place) for stream, place in places.items()}
 
-    def _walk(self, epoch: int, position: int) -> Iterator[Document]:
+    def _walk(self, epoch: int, position: int) -> Walk:
         count = len(self._source)
-        while self._epochs is None or epoch < self._epochs:
+        if not count:
+            raise _empty(self._source)
+        while self.epochs is None or epoch < self.epochs:
             while position < count:
                 index = int(self._order(epoch)[position])
                 where = partial(place_of, self._source, index)
                 yield Document(epoch, position, partial(self._source.document, index), where)
                 position += self.streams
             epoch, position = epoch + 1, position - count
+        return Place(epoch, position)
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:
@@ -107,34 +137,39 @@ class WindowedDeal:
     """
 
     def __init__(self, source: Sequential, *, streams: int, seed: int | None, epochs: int | None, window: int) -> None:
-        self.streams = streams
-        self._source, self._seed, self._epochs = source, seed, epochs
+        self.streams, self.epochs = streams, epochs
+        self._source, self._seed = source, seed
         self._window = 1 if seed is None else window
         self.fingerprint: dict[str, Any] = {"streams": streams, "shuffle_seed": seed, "shuffle_window": self._window}
 
-    def open(self, places: Mapping[int, Place]) -> dict[int, Iterator[Document]]:
+    def open(self, places: Mapping[int, Place]) -> dict[int, Walk]:
         """See Deal."""
         queues: dict[int, deque[Document]] = {stream: deque() for stream in places}
-        reader = self._read(places)
-        return {stream: self._walk(queues, stream, reader) for stream in places}
+        ends: dict[int, Place] = {}
+        reader = self._read(places, ends)
+        return {stream: self._walk(queues, stream, reader, ends) for stream in places}
 
     def _walk(
-        self, queues: dict[int, deque[Document]], stream: int, reader: Iterator[tuple[int, Document]]
-    ) -> Iterator[Document]:
+        self,
+        queues: dict[int, deque[Document]],
+        stream: int,
+        reader: Iterator[tuple[int, Document]],
+        ends: dict[int, Place],
+    ) -> Walk:
         while True:
             while not queues[stream]:
                 item = next(reader, None)
                 if item is None:
-                    return
+                    return ends[stream]
                 queues[item[0]].append(item[1])
             yield queues[stream].popleft()
 
-    def _read(self, places: Mapping[int, Place]) -> Iterator[tuple[int, Document]]:
-        """Documents of the named streams with their streams, from the earliest place on."""
+    def _read(self, places: Mapping[int, Place], ends: dict[int, Place]) -> Iterator[tuple[int, Document]]:
+        """Documents of the named streams with their streams, from the earliest place on; then fills `ends`."""
         stream, (epoch, position) = min(places.items(), key=lambda x: x[1])
         shift = stream - position  # documents in all epochs before this one, modulo streams
         start = position // self._window * self._window
-        while self._epochs is None or epoch < self._epochs:
+        while self.epochs is None or epoch < self.epochs:
             count = start
             for record in self._pass(epoch, start):
                 stream = (count + shift) % self.streams
@@ -146,7 +181,9 @@ class WindowedDeal:
             elif start:  # the place lies beyond the end, as with more streams than documents: count from the beginning
                 start = 0
             else:
-                raise DataError(f"no documents in the dataset ({self._source.fingerprint}); give one that is not empty")
+                raise _empty(self._source)
+        for stream, place in places.items():
+            ends[stream] = place if place.epoch >= epoch else Place(epoch, (stream - shift) % self.streams)
 
     def _pass(self, epoch: int, start: int) -> Iterator[Read]:
         """Records of one epoch in its order, from position `start` on, which is the beginning of a window."""
@@ -156,3 +193,7 @@ class WindowedDeal:
             yield from (window[i] for i in permutation(self._seed, epoch, number, len(window)))
             if len(window) < self._window:
                 return
+
+
+def _empty(source: RandomAccess | Sequential) -> DataError:
+    return DataError(f"no documents in the dataset ({source.fingerprint}); give one that is not empty")

@@ -5,7 +5,8 @@ of a few integers. That is all a layout, a worker count or a resume needs to kno
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -27,6 +28,20 @@ class Row(NamedTuple):
     document_ids: np.ndarray
 
 
+@dataclass
+class Counts:
+    """What one copy of a source has done so far."""
+
+    skipped_records: int = 0
+    """Records that could not be read."""
+    dropped_documents: int = 0
+    """Documents that were left out since they are longer than a row."""
+    padding_tokens: int = 0
+    """Places of rows that no document filled."""
+    row_tokens: int = 0
+    """Places of rows, filled or not."""
+
+
 class RowSource(Protocol):
     """Makes rows. Must survive pickling or a fork, since loader workers get a copy."""
 
@@ -36,12 +51,17 @@ class RowSource(Protocol):
     """What happens at the end of the data."""
     seq_len: int
     """Tokens in a row."""
-    skipped: int
-    """Records that could not be read and were skipped, by this copy of the source."""
+    counts: Counts
+    """Of this copy of the source."""
 
     @property
     def streams(self) -> int:
         """Number of streams: at least the rows of a batch."""
+        ...
+
+    @property
+    def ends(self) -> bool:
+        """Whether there is a last row."""
         ...
 
     @property
@@ -62,22 +82,44 @@ class RowSource(Protocol):
         ...
 
 
-def make_row(tokens: np.ndarray, document_ids: np.ndarray, seq_len: int, document_mask: bool) -> Row:
+@runtime_checkable
+class Mixed(Protocol):
+    """A row source that knows how much it has taken of which source."""
+
+    def mixture(self, table: Sequence[Sequence[int]]) -> dict[str, int]:
+        """Tokens or documents, whatever weights are shares of, of each source by name, up to the cursors of a table."""
+        ...
+
+
+def make_row(
+    tokens: np.ndarray,
+    document_ids: np.ndarray,
+    seq_len: int,
+    *,
+    document_mask: bool,
+    cross_document_labels: bool = False,
+    targets: np.ndarray | None = None,
+) -> Row:
     """A row from up to seq + 1 tokens, the last of which is only a label, and the documents that they belong to.
 
-    `document_ids` count from 0. With `document_mask` positions restart at each border, and labels across one are
-    IGNORE; a document that the row's start cuts begins at position 0 too, since what stood before it is not visible.
-    Missing tokens are filled by 0, as a document of their own without labels. # both (at most seq + 1,) int64
+    `document_ids` count from 0. Labels that are another document's first token are IGNORE, unless
+    `cross_document_labels`; so are those that `targets` (bool, as many as tokens; None: all) says no loss is taken at.
+    With `document_mask` positions restart at each border; a document that the row's start cuts begins at position 0
+    too, since what stood before it is not visible. Missing tokens are filled by 0, as a document of their own without
+    labels. # all (at most seq + 1,), tokens and ids int64
     """
     missing = seq_len + 1 - len(tokens)
     if missing:
         tokens = np.concatenate([tokens, np.zeros(missing, np.int64)])
         document_ids = np.concatenate([document_ids, np.full(missing, document_ids[-1] + 1)])
     ids, labels, positions = document_ids[:-1], tokens[1:].copy(), np.arange(seq_len)
+    border = document_ids[1:] != ids
+    if not cross_document_labels:
+        labels[border] = IGNORE
+    if targets is not None:
+        labels[: len(targets) - 1][~targets[1:]] = IGNORE
     labels[seq_len - missing :] = IGNORE
     if document_mask:
-        border = document_ids[1:] != ids
-        labels[border] = IGNORE
         begins = np.concatenate([[0], np.flatnonzero(border[:-1]) + 1])
         positions -= begins[ids]
     return Row(tokens[:-1], labels, positions, ids)

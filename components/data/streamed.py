@@ -1,145 +1,151 @@
-"""Streamed rows: each stream tokenizes its own documents as they come and packs them by concatenating and splitting.
+"""Streamed rows: each stream encodes its own documents as they come, mixes the sources by quota and packs what it gets.
 
-Consecutive rows of a stream share one token (the last label of one is the first input of the next), so that each token
-is predicted exactly once. A cursor is (epoch, position of the document in it, token offset in the document) of the next
-row's first token, offsets counted over begin token, text and end token: a resume tokenizes that document again, and no
-token is ever saved. Packing whole documents by best fit was rejected: a cursor would then be a buffer.
+A cursor is (k, and for each source: epoch, position of its next document that has not been taken, tokens or documents
+taken), where k says how much is done of what is being packed (components/data/packing.py). A resume encodes those
+documents again; no token is ever saved, and the position of no stream depends on another's.
 """
 
 import traceback
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from itertools import chain
+from typing import Any, Literal
 
-import numpy as np
-
-from components.data.documents import MEND, BadRecord
-from components.data.order import Deal, Document, Place
-from components.data.rows import Cursor, Ending, Row, make_row
-from components.data.tokenizer import Tokenizer
+from components.data.documents import BadRecord, Record
+from components.data.encoding import Encoded, Seat
+from components.data.mixture import Feed, Mixture, StreamSource, begin
+from components.data.order import Document, Place, Walk
+from components.data.packing import Packing, fitted, rows_of
+from components.data.quota import PER_DOCUMENT, whole_weights
+from components.data.rows import Counts, Cursor, Ending, Row
 from components.runtime.errors import DataError, EspalierError
 
-BARREN_EPOCHS = 16
-
-
-@dataclass(frozen=True)
-class Packing:
-    """How documents become rows."""
-
-    seq_len: int
-    """Tokens in a row."""
-    add_bos: bool
-    """Begin token before each document, where the tokenizer has one."""
-    add_eos: bool
-    """End token after each document, likewise."""
-    document_mask: bool
-    """Rows mark the borders of documents."""
-
-
-@dataclass
-class _Piece:
-    """The tokens of a document that no row has taken yet."""
-
-    epoch: int
-    position: int
-    offset: int
-    tokens: np.ndarray  # (tokens,) int64, from `offset` on
+SAMPLE = 16  # documents that a source's mean length is estimated from
 
 
 class StreamedRows:
-    """RowSource over documents. `skip_bad`: pass over records that cannot be read, and count them in `skipped`."""
+    """RowSource over documents. `skip_bad`: pass over records that cannot be read, and count them.
+
+    `unit` is what weights are shares of. Sources' deals have the same number of streams.
+    """
 
     kind = "streamed"
 
     def __init__(
         self,
-        deal: Deal,
-        tokenizer: Tokenizer,
+        sources: Sequence[StreamSource],
         packing: Packing,
         *,
+        unit: Literal["tokens", "documents"] = "tokens",
         ending: Ending,
         skip_bad: bool,
         fingerprint: dict[str, Any],
     ) -> None:
-        self._deal, self._tokenizer, self._packing, self._skip_bad = deal, tokenizer, packing, skip_bad
-        self._bos = [tokenizer.bos_id] if packing.add_bos and tokenizer.bos_id is not None else []
-        self._eos = [tokenizer.eos_id] if packing.add_eos and tokenizer.eos_id is not None else []
+        self._sources, self._packing, self._skip_bad = sources, packing, skip_bad
+        self._weights, self._per_document = whole_weights([x.weight for x in sources]), unit == "documents"
+        self._begun: list[Cursor] = []
         self.ending: Ending = ending
-        self.seq_len, self.streams, self.skipped = packing.seq_len, deal.streams, 0
+        self.seq_len, self.streams, self.counts = packing.seq_len, sources[0].deal.streams, Counts()
         self.fingerprint = fingerprint
 
+    @property
+    def ends(self) -> bool:
+        """Whether all sources have a last epoch."""
+        return all(x.deal.epochs is not None for x in self._sources)
+
     def start(self) -> list[Cursor]:
-        """Stream s begins with document s."""
-        return [(0, s, 0) for s in range(self.streams)]
+        """Stream s begins with document s of each source, at its own phase of the mixture. Raises DataError."""
+        if not self._begun:
+            several = len(self._sources) > 1 and self.streams > 1
+            lengths = [self._mean(x) if several else 0 for x in self._sources]
+            self._begun = [
+                (0, *chain.from_iterable((0, s, served) for served in begin(lengths, s))) for s in range(self.streams)
+            ]
+        return self._begun
 
     def resume(self, table: Sequence[Sequence[int]]) -> list[Cursor]:
         """The table as it is. Raises DataError if its size does not fit."""
-        if len(table) != self.streams or any(len(x) != 3 for x in table):
+        if len(table) != self.streams:
             raise DataError(
                 f"the saved loader state has {len(table)} streams, this job {self.streams}; set data.streams to that"
             )
+        width = 1 + 3 * len(self._sources)
+        if any(len(x) != width for x in table):
+            raise DataError(
+                f"the saved loader state has cursors of {len(table[0])} numbers, this job of {width}, as many as its"
+                " sources ask for; give the sources that the state was saved with"
+            )
         return [tuple(int(x) for x in cursor) for cursor in table]
+
+    def mixture(self, table: Sequence[Sequence[int]]) -> dict[str, int]:
+        """See Mixed. A document counts when it has been packed to its end."""
+        unit = PER_DOCUMENT if self._per_document else 1
+        served = [sum(row[i] for row in table) for i in range(3, 3 * len(self._sources) + 1, 3)]
+        begun = [sum(row[i] for row in self.start()) for i in range(3, 3 * len(self._sources) + 1, 3)]
+        return {x.name: (a - b) // unit for x, a, b in zip(self._sources, served, begun, strict=True)}
 
     def open(self, cursors: Mapping[int, Cursor]) -> list[Iterator[tuple[Row, Cursor]]]:
         """See RowSource."""
-        documents = self._deal.open({s: Place(c[0], c[1]) for s, c in cursors.items()})
-        return [self._rows(documents[s], c[0], c[2]) for s, c in cursors.items()]
+        walks = [
+            source.deal.open({s: Place(c[1 + 3 * d], c[2 + 3 * d]) for s, c in cursors.items()})
+            for d, source in enumerate(self._sources)
+        ]
+        return [self._rows(c, [x[s] for x in walks]) for s, c in cursors.items()]
 
-    def _rows(self, documents: Iterator[Document], epoch: int, offset: int) -> Iterator[tuple[Row, Cursor]]:
-        """Rows of one stream; `offset` tokens of its first document are done."""
-        held: deque[_Piece] = deque()  # starts with the next row's first token
-        count = 0
-        for document in documents:
-            tokens = self._tokens(document)[offset:]
-            if len(tokens):
-                held.append(_Piece(document.epoch, document.position, offset, tokens))
-                count, epoch, offset = count + len(tokens), document.epoch, 0
-            elif document.epoch > epoch + BARREN_EPOCHS:
-                raise DataError(
-                    f"a stream found no text in {BARREN_EPOCHS} epochs; give more documents, or set data.streams lower"
-                )
-            while count > self.seq_len:
-                row = self._row(held)
-                count -= self.seq_len
-                yield row, _drop(held, self.seq_len)
-        if self.ending == "pad" and count > 1:
-            row = self._row(held)
-            yield row, _drop(held, count - 1)
+    def _rows(self, cursor: Cursor, walks: Sequence[Walk]) -> Iterator[tuple[Row, Cursor]]:
+        """Rows of one stream, from the documents of each source."""
+        feeds = [
+            Feed(
+                source.name,
+                walk,
+                partial(self._encoded, source),
+                Place(cursor[1 + 3 * d], cursor[2 + 3 * d]),
+                cursor[3 + 3 * d],
+            )
+            for d, (source, walk) in enumerate(zip(self._sources, walks, strict=True))
+        ]
+        mixture = Mixture(feeds, self._weights, self._units)
+        return rows_of(mixture, self._packing, cursor[0], self.counts, pad=self.ending == "pad")
 
-    def _tokens(self, document: Document) -> np.ndarray:
-        """Tokens of a document with its begin and end; none if it cannot be read. # (tokens,) int64"""
+    def _units(self, document: Encoded) -> int:
+        return PER_DOCUMENT if self._per_document else len(document.tokens)
+
+    def _encoded(self, source: StreamSource, document: Document) -> Encoded | None:
+        """A document as it is packed; None if there is nothing to pack, which is counted. Raises DataError."""
         try:
-            ids = self._encode(_read(document), document.where)
+            found = self._made(source, document)
         except BadRecord as error:
             if not (self._skip_bad or error.harmless):
                 raise
-            self.skipped += 1
-            return np.empty(0, np.int64)
-        return np.array([*self._bos, *ids, *self._eos], np.int64)
+            self.counts.skipped_records += 1
+            return None
+        if found is None:
+            self.counts.dropped_documents += 1
+        return found if found is not None and len(found.tokens) else None
 
-    def _encode(self, text: str, where: Callable[[], str]) -> list[int]:
-        """Ids of a text. Raises BadRecord where the tokenizer fails."""
-        try:
-            return self._tokenizer.encode(text)
-        except Exception as error:  # the library raises bare Exception, and a tokenizer of the user's whatever it likes
-            what = f"the tokenizer fails on this document ({type(error).__name__}: {error})"
-            raise BadRecord(f"{where()}: {what}; {MEND}") from error
+    def _made(self, source: StreamSource, document: Document) -> Encoded | None:
+        """A document as it is packed, maybe without tokens; None if it is too long. Raises BadRecord."""
+        encoded = source.encoder.encode(_read(document), document.where, Seat(document.epoch, document.position))
+        return fitted(encoded, self._packing, document.where)
 
-    def _row(self, held: deque[_Piece]) -> Row:
-        """The next row, from up to seq + 1 of the tokens held."""
-        taken, missing = [], self.seq_len + 1
-        for piece in held:
-            taken.append(piece.tokens[:missing])
-            missing -= len(taken[-1])
-            if not missing:
-                break
-        ids = np.repeat(np.arange(len(taken)), [len(x) for x in taken])
-        return make_row(np.concatenate(taken), ids, self.seq_len, self._packing.document_mask)
+    def _mean(self, source: StreamSource) -> int:
+        """What a document of a source counts, in the mean over the first of its order that can be read."""
+        if self._per_document:
+            return PER_DOCUMENT
+        walks = source.deal.open({s: Place(0, s) for s in range(min(SAMPLE, self.streams))})
+        lengths: list[int] = []
+        for number in range(SAMPLE):
+            try:
+                document = next(walks[number % len(walks)], None)
+                found = None if document is None else self._made(source, document)
+            except BadRecord:  # told, or skipped and counted, by the stream that it belongs to
+                continue
+            lengths.append(0 if found is None else len(found.tokens))
+        return sum(lengths) // max(1, len(lengths))
 
 
-def _read(document: Document) -> str:
-    """Its text. Raises BadRecord; DataError for whatever else a source of the user's own raises."""
+def _read(document: Document) -> Record:
+    """Its record. Raises BadRecord; DataError for whatever else a source of the user's own raises."""
     try:
         return document.read()
     except EspalierError:
@@ -150,12 +156,3 @@ def _read(document: Document) -> str:
             f"{document.where()}: reading this document fails with {type(error).__name__}: {error}"
             f" ({at.filename}:{at.lineno}); mend the dataset's code"
         ) from error
-
-
-def _drop(held: deque[_Piece], count: int) -> Cursor:
-    """Drop the first `count` tokens, fewer than are held; return the cursor of the one after them."""
-    while count >= len(held[0].tokens):
-        count -= len(held.popleft().tokens)
-    first = held[0]
-    first.tokens, first.offset = first.tokens[count:], first.offset + count
-    return first.epoch, first.position, first.offset

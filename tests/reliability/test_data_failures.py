@@ -7,7 +7,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pyarrow
@@ -17,10 +17,10 @@ from torch import Tensor
 
 from components.data.documents import MEND, BadRecord
 from components.data.files import open_files
-from components.data.order import Place
+from components.data.order import Document, Place
 from components.data.streamed import StreamedRows
 from components.runtime.errors import DataError
-from tests.components.data.corpus import loaders, run, streamed, texts, write_lines
+from tests.components.data.corpus import loaders, run, streamed, texts, tokenizer, write_lines
 from tests.trainer.runs import facts, records
 from tests.trainer.test_launch import QUIET
 from tests.trainer.test_launch import run as run_script
@@ -63,12 +63,16 @@ def rows(path: Path, workers: int, change: Callable[[StreamedRows], None] = lamb
     return [batch for batch, _ in run(loaders(source, 3, 1, workers))]
 
 
+def starts_badly(document: Document) -> bool:
+    record = document.read()
+    return str(record["text"] if isinstance(record, Mapping) else record).startswith(tuple(f"{i} " for i in BAD))
+
+
 def without(source: StreamedRows) -> None:
     """Take the same documents out of a good corpus by their text."""
-    read = source._tokens
-    prefixes = tuple(f"{i} " for i in BAD)
+    encoded = source._encoded
     setattr(  # noqa: B010  # one object's own
-        source, "_tokens", lambda document: read(document)[: 0 if document.read().startswith(prefixes) else None]
+        source, "_encoded", lambda of, document: None if starts_badly(document) else encoded(of, document)
     )
 
 
@@ -87,15 +91,12 @@ def failing(source: StreamedRows) -> None:
     """A tokenizer that cannot do some documents."""
 
     class Failing:
-        bos_id, eos_id = source._tokenizer.bos_id, source._tokenizer.eos_id
-
         def encode(self, text: str) -> list[int]:
             if text.startswith(tuple(f"{i} " for i in BAD)):
                 raise LookupError("no such word")
-            return tokenizer.encode(text)
+            return tokenizer().encode(text)
 
-    tokenizer = source._tokenizer
-    setattr(source, "_tokenizer", Failing())  # noqa: B010  # only what is read of it
+    setattr(source._sources[0].encoder, "_tokenizer", Failing())  # noqa: B010  # only what is read of it
 
 
 @pytest.mark.parametrize(
@@ -108,9 +109,10 @@ def test_a_tokenizer_that_fails_names_the_document(
     path = write(tmp_path, False)
     source = streamed(open_files(str(path), "text"), streams=1, seed=None, ending="pad")
     failing(source)
-    document = next(d for d in source._deal.open({0: Place(0, 0)})[0] if d.position == 12)
+    (only,) = source._sources
+    document = next(d for d in only.deal.open({0: Place(0, 0)})[0] if d.position == 12)
     with pytest.raises(BadRecord) as error:
-        source._tokens(document)
+        source._encoded(only, document)
     why = f"the tokenizer fails on this document (LookupError: no such word); {MEND}"
     assert str(error.value) == f"{path.parent if path.is_file() else path}/{name}: {why}"
     got, want = rows(path, 0, failing), rows(path, 0, without)

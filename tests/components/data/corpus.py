@@ -2,7 +2,7 @@
 
 import gzip
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
@@ -14,13 +14,16 @@ import zstandard
 from torch import Tensor
 
 from components.config.training import DataLoader
-from components.data.documents import RandomAccess, Read, Sequential
+from components.data.documents import RandomAccess, Read, Sequential, place_of
+from components.data.encoding import Encoder, TextEncoder, Where, text_in
 from components.data.files import open_files
 from components.data.indexed import IndexedRows, SyntheticRows
 from components.data.loader import Loader, StepRows
-from components.data.order import RandomDeal, WindowedDeal
+from components.data.mixture import StreamSource
+from components.data.order import deal
+from components.data.packing import Packing
 from components.data.rows import Ending, RowSource
-from components.data.streamed import Packing, StreamedRows
+from components.data.streamed import StreamedRows
 from components.data.tokenizer import Tokenizer, load_tokenizer
 
 SEQ = 16
@@ -48,12 +51,22 @@ def write_lines(path: Path, documents: Sequence[str]) -> Path:
     return path
 
 
-def readers(path: Path | str) -> list[Read]:
-    """What reads each document at a path, in natural order."""
-    documents = open_files(str(path), "text")
+def readers(path: Path | str, field: str = "text") -> list[Callable[[], str]]:
+    """What reads the text of each document at a path or URL, in natural order."""
+    documents = open_files(str(path), (field,))
     if isinstance(documents, RandomAccess):
-        return [partial(documents.document, i) for i in range(len(documents))]
-    return list(documents.records(0))
+        reads: list[tuple[Read, object]] = [(partial(documents.document, i), documents) for i in range(len(documents))]
+    else:
+        reads = [(x, x) for x in documents.records(0)]
+    return [partial(_text, read, field, partial(place_of, placed, i)) for i, (read, placed) in enumerate(reads)]
+
+
+def _text(read: Read, field: str, where: Where) -> str:
+    return text_in(read(), field, where)
+
+
+def text_encoder(bos: bool = True, eos: bool = True) -> TextEncoder:
+    return TextEncoder(tokenizer(), "text", add_bos=bos, add_eos=eos)
 
 
 def streamed(
@@ -68,15 +81,19 @@ def streamed(
     eos: bool = True,
     seq_len: int = SEQ,
     skip_bad: bool = False,
+    encoder: Encoder | None = None,
+    **packing: Any,
 ) -> StreamedRows:
+    """Rows of one source. `packing`: further fields of Packing."""
     epochs = None if ending == "repeat" else 1
-    deal: RandomDeal | WindowedDeal
-    if isinstance(documents, RandomAccess):
-        deal = RandomDeal(documents, streams=streams, seed=seed, epochs=epochs)
-    else:
-        deal = WindowedDeal(documents, streams=streams, seed=seed, epochs=epochs, window=window)
-    packing = Packing(seq_len, bos, eos, mask)
-    return StreamedRows(deal, tokenizer(), packing, ending=ending, skip_bad=skip_bad, fingerprint={"streams": streams})
+    dealt = deal(documents, name="", streams=streams, seed=seed, epochs=epochs, window=window)
+    return StreamedRows(
+        [StreamSource("", dealt, encoder or text_encoder(bos, eos))],
+        Packing(seq_len, document_mask=mask, **packing),
+        ending=ending,
+        skip_bad=skip_bad,
+        fingerprint={"streams": streams},
+    )
 
 
 def synthetic(global_batch: int) -> IndexedRows:

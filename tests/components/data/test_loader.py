@@ -18,6 +18,7 @@ from components.data.files import open_files
 from components.data.loader import Loader
 from components.data.order import Place
 from components.data.rows import Ending
+from components.data.streamed import StreamedRows
 from components.mesh.batch import IGNORE
 from components.runtime.errors import ConfigError, DataError
 from tests.components.data.corpus import SEQ, loaders, run, streamed, synthetic, texts, write_lines
@@ -45,12 +46,12 @@ def streams_of(
 
 def test_state(path: str) -> None:
     (loader,) = streams_of(path, streams=5)
-    table = [[0, 8, 3], [0, 5, 1], [1, 0, 2], [0, 3, 0]]
+    table = [[3, 0, 8, 50], [1, 0, 5, 17], [2, 1, 0, 90], [0, 0, 3, 0]]
     assert loader.state_dict(table) == {
         "kind": "streamed",
         "fingerprint": {"streams": 5},
         "streams": 5,
-        "table": [*table, [0, 4, 0]],
+        "table": [*table, [0, 0, 4, 0]],
     }
     assert (loader.streams, loader.rows, loader.global_batch) == (5, 4, 4)
 
@@ -137,29 +138,35 @@ def test_pad_goes_on_until_the_last_stream_ends(path: str, workers: int) -> None
     valid = torch.stack([(x[:, 1] != IGNORE).sum(1) for x in steps])  # (steps, streams)
     assert valid[-1].tolist()[:2] == [0, 0]
     assert 0 < valid[-1, 2] <= SEQ
-    tokens = [sum(len(x) for x in _stream(path, s)) for s in range(3)]
-    assert (valid.sum(0) + 1).tolist() == tokens
+    assert valid.sum(0).tolist() == [sum(len(x) - 1 for x in _stream(path, s)) for s in range(3)]
 
 
 def _stream(path: str, stream: int) -> list[list[int]]:
     source = streamed(open_files(path, "text"), streams=3, seed=None, ending="pad")
-    documents = source._deal.open({stream: Place(0, stream)})[stream]
-    return [source._tokens(x).tolist() for x in documents]
+    only = source._sources[0]
+    found = [source._encoded(only, x) for x in only.deal.open({stream: Place(0, stream)})[stream]]
+    return [x.tokens.tolist() for x in found if x is not None]
+
+
+def full(path: str, ending: Ending) -> StreamedRows:
+    """Rows in which each token is a label."""
+    documents = open_files(path, "text")
+    return streamed(documents, streams=4, ending=ending, seed=None, cross_document_labels=True)
 
 
 def counted(path: str, ending: Ending) -> list[int]:
     rank, degree = dist.get_rank(), dist.get_world_size()
-    loader = loaders(streamed(open_files(path, "text"), streams=4, ending=ending, seed=None), 4, degree)[rank]
+    loader = loaders(full(path, ending), 4, degree)[rank]
     return [int((x.batch.labels != IGNORE).sum()) for x in islice(loader.steps(dist.group.WORLD), 200)]
 
 
 def test_ranks_end_at_the_same_step(path: str) -> None:
-    (whole,) = loaders(streamed(open_files(path, "text"), streams=4, ending="stop", seed=None), 4, 1)
+    (whole,) = loaders(full(path, "stop"), 4, 1)
     ranks = run_ranks(2, counted, path, "stop")
     assert ranks == [[2 * SEQ] * len(list(whole))] * 2
     append_long_document(path)
     ranks = run_ranks(2, counted, path, "pad")
-    (padded,) = loaders(streamed(open_files(path, "text"), streams=4, ending="pad", seed=None), 4, 1)
+    (padded,) = loaders(full(path, "pad"), 4, 1)
     assert [sum(x) for x in zip(*ranks, strict=True)] == [int((x[:, 1] != IGNORE).sum()) for x, _ in run([padded])]
     assert (ranks[0][-1], ranks[1][-1] > 0) == (0, True)  # rank 0 waits with padding
     assert run_ranks(2, counted, path, "repeat") == [[2 * SEQ] * 200] * 2

@@ -27,10 +27,10 @@ def test_each_token_is_predicted_once(tmp_path: Path, extension: str, streams: i
     source = streamed(open_files(str(path), "text"), streams=streams, seed=None, ending="pad")
     batches = [x for x, _ in run(loaders(source, streams, 1))]
     for s in range(streams):
-        expected = [t for x in documents[s::streams] for t in packed(x)]
+        expected = [packed(x) for x in documents[s::streams]]
         tokens, labels = (torch.stack([b[s, i] for b in batches]).flatten() for i in (0, 1))
-        assert labels[labels != IGNORE].tolist() == expected[1:]
-        assert tokens[labels != IGNORE].tolist() == expected[:-1]
+        assert labels[labels != IGNORE].tolist() == [t for x in expected for t in x[1:]]
+        assert tokens[labels != IGNORE].tolist() == [t for x in expected for t in x[:-1]]
 
 
 def test_an_epoch_holds_each_document_once(tmp_path: Path) -> None:
@@ -39,25 +39,38 @@ def test_an_epoch_holds_each_document_once(tmp_path: Path) -> None:
         path = write_lines(tmp_path / name, documents)
         source = streamed(open_files(str(path), "text"), streams=1, seed=5, ending="pad", seq_len=4000)
         ((batch, _),) = run(loaders(source, 1, 1))
-        tokens, labels = batch[0, 0], batch[0, 1]
-        stream = [int(tokens[0]), *labels[labels != IGNORE].tolist()]
-        pieces = sorted(",".join(map(str, x)) for x in _split(stream))
-        assert pieces == sorted(",".join(map(str, packed(x))) for x in documents)
-        assert _split(stream) != [packed(x) for x in documents]  # shuffled
+        pieces = [batch[0, 0][batch[0, 3] == i].tolist() for i in range(23)]
+        assert sorted(pieces) == sorted(packed(x) for x in documents)
+        assert pieces != [packed(x) for x in documents]  # shuffled
 
 
-def _split(stream: list[int]) -> list[list[int]]:
-    ends = [i + 1 for i, t in enumerate(stream) if t == EOS]
-    return [stream[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+FIVE, OF = np.array([5, 6, 7, 8, 9]), np.array([0, 0, 1, 1, 2])
 
 
-def test_a_row_without_mask_runs_across_borders() -> None:
-    row = make_row(np.array([5, 6, 7, 8, 9]), np.array([0, 0, 1, 1, 2]), 4, document_mask=False)
+def test_a_row_without_mask_runs_across_borders_but_for_labels() -> None:
+    row = make_row(FIVE, OF, 4, document_mask=False)
+    assert [x.tolist() for x in row] == [[5, 6, 7, 8], [6, IGNORE, 8, IGNORE], [0, 1, 2, 3], [0, 0, 1, 1]]
+    row = make_row(FIVE, OF, 4, document_mask=False, cross_document_labels=True)
     assert [x.tolist() for x in row] == [[5, 6, 7, 8], [6, 7, 8, 9], [0, 1, 2, 3], [0, 0, 1, 1]]
 
 
+def test_a_label_is_what_a_loss_may_be_taken_at() -> None:
+    for cross, labels in ((False, [6, IGNORE, IGNORE, IGNORE]), (True, [6, 7, IGNORE, IGNORE])):
+        row = make_row(
+            FIVE[:4],
+            OF[:4],
+            4,
+            document_mask=False,
+            cross_document_labels=cross,
+            targets=np.array([True, True, True, False]),
+        )
+        assert [x.tolist() for x in row[:2]] == [[5, 6, 7, 8], labels]
+    first = make_row(FIVE, OF, 4, document_mask=False, targets=np.array([False, True, False, True, True]))
+    assert first.labels.tolist() == [6, IGNORE, 8, IGNORE]  # whether the first token is a target decides nothing
+
+
 def test_a_row_with_mask_stops_at_borders() -> None:
-    row = make_row(np.array([5, 6, 7, 8, 9]), np.array([0, 0, 1, 1, 2]), 4, document_mask=True)
+    row = make_row(FIVE, OF, 4, document_mask=True)
     assert [x.tolist() for x in row] == [[5, 6, 7, 8], [6, IGNORE, 8, IGNORE], [0, 1, 0, 1], [0, 0, 1, 1]]
 
 
@@ -75,8 +88,8 @@ def test_padding_has_no_labels() -> None:
 def test_masked_documents_of_a_stream(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "x.jsonl", texts(40, longest=6))
     plain, masked = (
-        torch.cat([x for x, _ in run(loaders(streamed(open_files(str(path), "text"), streams=2, mask=m), 2, 1), 9)])
-        for m in (False, True)
+        torch.cat([x for x, _ in run(loaders(streamed(open_files(str(path), "text"), streams=2, **options), 2, 1), 9)])
+        for options in ({"cross_document_labels": True}, {"mask": True})
     )
     assert torch.equal(plain[:, 0], masked[:, 0])  # tokens
     assert torch.equal(plain[:, 3], masked[:, 3])  # documents
