@@ -215,7 +215,7 @@ class Trainer:
         Only data that can end are looked at one step ahead.
         """
         with closing(self.loader.steps(self.dims.group("batch"), self.device)) as source:
-            ends = self.job.data.on_end == "stop"
+            ends = self.loader.ends
             ahead = self.next_rows(source) if ends else None
             while rows := ahead if ends else self.next_rows(source):
                 ahead = self.next_rows(source) if ends else None

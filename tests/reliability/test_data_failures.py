@@ -101,7 +101,7 @@ def failing(source: StreamedRows) -> None:
 
 @pytest.mark.parametrize(
     ("write", "name"),
-    [(jsonl, "x.jsonl:13"), (compressed, "x.jsonl.gz:13"), (parquet, "x.parquet:13"), (text, "12.txt:1")],
+    [(jsonl, "x.jsonl:13"), (compressed, "x.jsonl.gz:13"), (parquet, "x.parquet[row group 2]:13"), (text, "12.txt:1")],
 )
 def test_a_tokenizer_that_fails_names_the_document(
     write: Callable[[Path, bool], Path], name: str, tmp_path: Path
@@ -135,9 +135,6 @@ def test_a_file_that_vanishes_or_shrinks(
         else:
             os.truncate(file, 3)
     (loader,) = loaders(source, 1, 1, workers)
-    if write is text and not gone:
-        assert next(iter(loader)) is not None  # a text file is whatever it holds when it is read
-        return
     with pytest.raises(DataError, match="^" + re.escape(str(files[0]))) as error:
         next(iter(loader))
     assert not isinstance(error.value, BadRecord)

@@ -87,9 +87,10 @@ def test_padding_has_no_labels() -> None:
 
 def test_masked_documents_of_a_stream(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "x.jsonl", texts(40, longest=6))
+    crossing = streamed(open_files(str(path)), streams=2, cross_document_labels=True)
     plain, masked = (
-        torch.cat([x for x, _ in run(loaders(streamed(open_files(str(path), "text"), streams=2, **options), 2, 1), 9)])
-        for options in ({"cross_document_labels": True}, {"mask": True})
+        torch.cat([x for x, _ in run(loaders(source, 2, 1), 9)])
+        for source in (crossing, streamed(open_files(str(path)), streams=2, mask=True))
     )
     assert torch.equal(plain[:, 0], masked[:, 0])  # tokens
     assert torch.equal(plain[:, 3], masked[:, 3])  # documents
