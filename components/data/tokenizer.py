@@ -27,6 +27,13 @@ class Tokenizer:
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
         """Largest id + 1: the rows that an embedding needs."""
         self.bos_id, self.eos_id = self._id(bos), self._id(eos)
+        self.special_ids = frozenset(self._backend.get_added_tokens_decoder())
+        """Tokens that stand for themselves and not for a part of a text: those that open and close documents, say."""
+
+    @property
+    def definition(self) -> str:
+        """What `tokenizer.json` says."""
+        return self._definition
 
     @property
     def fingerprint(self) -> str:

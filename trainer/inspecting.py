@@ -1,0 +1,177 @@
+"""The rows of a job as its model would see them, without the model: what `scripts/inspect_data.py` shows.
+
+Everything is built by what builds it for training, from the TOML to the loader, as if one rank had all rows: so what is
+shown are the job's own rows, those of any layout. Worker processes are left out, since they change nothing. What the
+user asks to see is found by reading on from the start, or from a checkpoint; only rows that are numbered are found at
+once.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count, islice
+from typing import Any
+
+from components.checkpoint.contents import read_files
+from components.checkpoint.manifest import read_manifest
+from components.checkpoint.storage import open_folder
+from components.config.data import Source
+from components.config.job_config import JobConfig
+from components.config.training import DataLoader
+from components.data.inspecting.survey import Survey
+from components.data.inspecting.view import RowView, views
+from components.data.loader import Loader
+from components.data.names import name_of
+from components.data.tokenizer import Tokenizer
+from components.mesh.degrees import resolve_degrees
+from components.runtime.errors import CheckpointError, ConfigError, DataError
+from models.train_spec import families, get_args
+from trainer.check import world_of
+from trainer.command import import_custom, validate_job
+from trainer.config.load import resolve
+from trainer.settle import settle
+from trainer.validator import sets_of
+
+HERE = DataLoader(num_workers=0, persistent_workers=False, pin_memory=False, prefetch_factor=None)
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a checkpoint's job is in its data."""
+
+    step: int
+    """Steps that are done."""
+    sizes: Mapping[str, int]
+    """Sizes that the job had derived (`settle.sizes`)."""
+    loader: Mapping[str, Any]
+    """The loader's state."""
+
+
+@dataclass
+class Rows:
+    """The rows of one set, from some step on."""
+
+    name: str
+    """What they are of, for headings."""
+    tokenizer: Tokenizer
+    loader: Loader
+    unit: str
+    """What the shares of sources are shares of."""
+    shares: Mapping[str, float] = field(default_factory=dict)
+    """The part of the mixture that each source should be; empty where nothing is mixed."""
+    done: int = 0
+    """Steps before the loader's position."""
+
+    def __iter__(self) -> Iterator[RowView]:
+        """All rows of each step, in order. Raises DataError."""
+        for step, rows in zip(count(self.done + 1), self.loader, strict=False):
+            yield from views(rows.batch, step)
+
+    def go_to(self, step: int) -> None:
+        """Let the rows begin with that step's. Raises ConfigError if it is passed already, DataError if the data end
+        before it."""
+        skip = step - 1 - self.done
+        if skip < 0:
+            raise ConfigError(
+                f"--start-step {step}: the checkpoint is of step {self.done}; take {self.done + 1} or more"
+            )
+        state = self.loader.state_dict([])
+        if state["kind"] == "indexed":
+            first = state["table"][0][0] + skip * self.loader.global_batch
+            self.loader.load_state({**state, "table": [[first]]})
+        elif skip:
+            self._read_on(step, skip)
+        self.done = step - 1
+
+    def _read_on(self, step: int, skip: int) -> None:
+        table, passed = None, 0
+        for rows in islice(self.loader, skip):
+            table, passed = rows.cursors, passed + 1
+        if table is None or passed < skip:
+            raise DataError(f"--start-step {step}: the data end after step {self.done + passed}")
+        self.loader.load_state(self.loader.state_dict(table.tolist()))
+
+
+def open_rows(
+    argv: Sequence[str], environ: Mapping[str, str], *, validation: str | None = None, checkpoint: str | None = None
+) -> Rows:
+    """The rows of the job that the arguments name, on the ranks that NGPU and NNODES say.
+
+    Args:
+        validation: Name of a validation set; empty: the first; None: the training set.
+        checkpoint: Folder of a checkpoint of this job, whose position in the data the rows begin from.
+
+    Raises ConfigError, DataError, CheckpointError as training would.
+    """
+    words = [*argv, "--validation.enable=true"] if validation is not None else argv
+    resolved, ranks = resolve(words, environ), world_of(environ)
+    import_custom(resolved.job.experimental.custom_import)
+    validate_job(resolved, ranks)
+    position = None if checkpoint is None else read_position(checkpoint)
+    degree = resolve_degrees(resolved.job.parallelism, ranks).batch
+    job, _ = settle(resolved.job, degree, position.sizes if position else {})
+    job = _without_workers(job)
+    if validation is None:
+        rows = _open(job, f"training data of {job.job.description}", job.data.sources)
+    else:
+        name, section = _choose(job, validation)
+        job = replace(job, validation=section)
+        rows = _open(job, f"validation set {name} of {job.job.description}", [], validation=True)
+    if position:
+        rows.loader.load_state(position.loader)
+        rows.done = position.step
+    return rows
+
+
+def _without_workers(job: JobConfig) -> JobConfig:
+    training, validation = replace(job.training, dataloader=HERE), replace(job.validation, dataloader=HERE)
+    return replace(job, training=training, validation=validation)
+
+
+def _choose(job: JobConfig, name: str) -> tuple[str, Any]:
+    """A validation set and its name. Raises ConfigError."""
+    sets = sets_of(job.validation)
+    if name and name not in sets:
+        raise ConfigError(f"--validation {name}: no such validation set; there are: {', '.join(sets)}")
+    name = name or next(iter(sets))
+    return name, sets[name]
+
+
+def _open(job: JobConfig, name: str, sources: Sequence[Source], validation: bool = False) -> Rows:
+    spec = families[job.model.name].load()
+    tokenizer = spec.build_tokenizer_fn(job)
+    loader = spec.build_dataloader_fn(
+        job,
+        tokenizer=tokenizer,
+        vocab_size=get_args(job.model.name, job.model.flavor).vocab_size,
+        data_rank=0,
+        data_degree=1,
+        validation=validation,
+    )
+    total = sum(source.weight for source in sources)
+    shares = {name_of(source): source.weight / total for source in sources}
+    return Rows(name, tokenizer, loader, job.data.unit, shares)
+
+
+def read_position(folder: str) -> Position:
+    """Where the job of a checkpoint is in its data. Raises CheckpointError if the folder is none that can say."""
+    place = open_folder(folder)
+    manifest = read_manifest(place)
+    if manifest.kind != "training":
+        raise CheckpointError(f"'{folder}': holds weights alone and knows nothing of data; give one to resume from")
+    _, state = read_files(place, manifest)
+    sizes, loader = manifest.layout.get("sizes"), state.get("dataloader")
+    if not isinstance(sizes, dict) or not isinstance(loader, dict):
+        raise CheckpointError(f"'{folder}': does not say where its job is in the data: it is of another version")
+    return Position(manifest.step, sizes, loader)
+
+
+def survey(rows: Iterator[RowView], shown: int, counted: int, unit: Any) -> tuple[list[RowView], Survey | None]:
+    """The first `shown` rows, and the sums over the first `counted`; None without any."""
+    kept: list[RowView] = []
+    sums = Survey(unit=unit)
+    for number, view in zip(range(max(shown, counted)), rows, strict=False):
+        if number < shown:
+            kept.append(view)
+        if number < counted:
+            sums.add(view)
+    return kept, sums if sums.rows else None
