@@ -45,6 +45,16 @@ class Blend(NamedTuple):
     """Sample of that source. # (samples,) int64"""
 
 
+class Epochs(NamedTuple):
+    """How often the documents of one source are passed over: all that its indices depend on besides them and L."""
+
+    tokens: int
+    """In one epoch."""
+    count: int
+    separate: bool
+    """The last epoch is shuffled by itself."""
+
+
 def epochs_needed(tokens: int, samples: int | None, seq_len: int, extra: int = 1) -> int:
     """Smallest number of epochs of `tokens` each that hold the samples; 1 if `samples` is None.
 
@@ -66,6 +76,13 @@ def separate_final_epoch(tokens: int, epochs: int, samples: int | None, seq_len:
 def samples_before_final(tokens: int, epochs: int, seq_len: int, extra: int = 1) -> int:
     """Samples of all epochs but the last."""
     return ((epochs - 1) * tokens - extra) // seq_len
+
+
+def epochs_of(lengths: np.ndarray, samples: int | None, seq_len: int, extra: int = 1) -> Epochs:
+    """The epochs of a source that holds at least `samples` samples; None: one. Raises DataError without tokens."""
+    tokens = int(lengths.sum(dtype=np.int64))
+    count = epochs_needed(tokens, samples, seq_len, extra)
+    return Epochs(tokens, count, separate_final_epoch(tokens, count, samples, seq_len, extra))
 
 
 def document_index(count: int, epochs: int, state: np.random.RandomState, *, separate: bool) -> np.ndarray:
@@ -119,20 +136,15 @@ def shuffle_index(before: int, total: int, state: np.random.RandomState) -> np.n
 
 
 def source_indices(
-    lengths: np.ndarray, samples: int | None, seq_len: int, seed: int, *, extra: int = 1, drop_last: bool = True
+    lengths: np.ndarray, epochs: Epochs, seq_len: int, seed: int, *, extra: int = 1, drop_last: bool = True
 ) -> Indices:
-    """The indices of one source that holds at least `samples` samples; None: of one epoch.
-
-    Raises DataError if there are no tokens.
-    """
-    tokens = int(lengths.sum(dtype=np.int64))
-    epochs = epochs_needed(tokens, samples, seq_len, extra)
-    separate = separate_final_epoch(tokens, epochs, samples, seq_len, extra)
+    """The indices of one source. One generator draws the documents' order and then the samples'."""
     state = np.random.RandomState(seed)
-    documents = document_index(len(lengths), epochs, state, separate=separate)
+    documents = document_index(len(lengths), epochs.count, state, separate=epochs.separate)
     starts = sample_index(lengths, documents, seq_len, extra=extra, drop_last=drop_last)
-    total = len(starts) - 1
-    before = samples_before_final(tokens, epochs, seq_len, extra) if separate else total
+    before = total = len(starts) - 1
+    if epochs.separate:
+        before = samples_before_final(epochs.tokens, epochs.count, seq_len, extra)
     return Indices(documents, starts, shuffle_index(before, total, state))
 
 
@@ -183,8 +195,8 @@ def _choices(shares: Sequence[float], sizes: Sequence[int], samples: int) -> np.
 def _greedy(weights: np.ndarray, counts: np.ndarray, start: int, stop: int) -> np.ndarray:
     """Choices for the samples `start` to `stop` − 1, after `counts` of each source. # (samples,) int64
 
-    Chunks of them are walked at once, each from guessed counts at its start; those that began with other counts than the
-    chunk before has ended with are walked again, until all fit. What fits is right, whatever was guessed.
+    Chunks of them are walked at once, each from guessed counts at its start; those that began with other counts than
+    the chunk before has ended with are walked again, until all fit. What fits is right, whatever was guessed.
     """
     chunks = max(1, min((stop - start) // SHORT, WIDE // len(weights)))
     steps = ceil_div(stop - start, chunks)

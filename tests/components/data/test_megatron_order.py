@@ -14,6 +14,7 @@ from components.data.megatron_order import (
     blend_all,
     document_index,
     epochs_needed,
+    epochs_of,
     normalized,
     sample_index,
     separate_final_epoch,
@@ -64,7 +65,7 @@ def test_epochs_needed(tokens: int, samples: int | None, extra: int, epochs: int
 
 def test_no_tokens() -> None:
     with pytest.raises(DataError) as error:
-        source_indices(np.zeros(3, np.int64), 5, 4, 1)
+        epochs_of(np.zeros(3, np.int64), 5, 4)
     assert str(error.value) == "no tokens in the documents of this split; give more documents, or another split"
 
 
@@ -76,7 +77,9 @@ def test_the_last_epoch_is_apart_below_four_fifths() -> None:
 
 def test_indices_of_a_source() -> None:
     lengths = np.array([4, 3, 5, 0, 9, 2])
-    found = source_indices(lengths, 7, 4, 1234)  # 23 tokens: two epochs, 5 samples before the last, 2 of its 5
+    epochs = epochs_of(lengths, 7, 4)  # 5 samples in the first, 2 of 5 in the last
+    assert epochs == (23, 2, True)
+    found = source_indices(lengths, epochs, 4, 1234)
     assert found.documents.tolist() == [2, 1, 5, 0, 4, 3, 0, 4, 3, 2, 5, 1]
     assert len(found.samples) - 1 == 11
     assert sorted(found.shuffle[:5].tolist()) == list(range(5))

@@ -1,0 +1,121 @@
+"""Arrays that take seconds to compute, kept as `.npy` between jobs and shared by the processes of a host.
+
+An entry is a folder named by a digest of everything that its arrays depend on, the content of the token files included,
+so there is nothing to invalidate: a file that is written anew has another entry. It is written under a temporary name
+and renamed whole. Arrays are mapped, so that ranks and loader workers share the pages.
+
+All ranks may build at once, and whoever renames second throws its own away. The price is that each spends the same
+seconds that one would; letting one build while the others wait was rejected, since locks are unreliable on network file
+systems and a builder that dies would leave the others waiting. Shapes and checksums are compared at opening (about
+1 GB/s, pages that rows need anyway), and what does not fit is built anew. The folder may be deleted at any time.
+"""
+
+import json
+import os
+import shutil
+import uuid
+import zlib
+from collections.abc import Callable, Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from components.runtime.logging import logger
+
+FORMAT = 1
+"""To be raised when an array's meaning, or the rule that makes it, changes."""
+NOTE = "index.json"
+CHUNK = 1 << 24  # bytes
+
+Arrays = dict[str, np.ndarray]
+
+
+def default_folder() -> Path | None:
+    """The user's cache folder (XDG base directories); None if there is no such thing."""
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    parent = Path(given) if os.path.isabs(given) else Path(os.path.expanduser("~"), ".cache")
+    return parent / "espalier" / "indices" if parent.is_absolute() else None
+
+
+class IndexCache:
+    """Arrays by kind and key in a folder; None: the user's cache folder. Without a usable folder they are built."""
+
+    def __init__(self, folder: str | Path | None = None) -> None:
+        self._folder = default_folder() if folder is None else Path(folder).expanduser()
+        self._told = False
+
+    def arrays(self, kind: str, key: Mapping[str, Any], build: Callable[[], Mapping[str, np.ndarray]]) -> Arrays:
+        """The arrays that `build` makes, read-only, from the cache if they are there. Raises what `build` raises.
+
+        Args:
+            kind: Begins the entry's name.
+            key: All that the arrays depend on, as JSON values.
+            build: Makes them by name.
+        """
+        text = json.dumps({"format": FORMAT, "kind": kind, "key": key}, sort_keys=True)
+        entry = None if self._folder is None else self._folder / f"{kind}-{sha256(text.encode()).hexdigest()[:32]}"
+        if entry is not None and (found := _load(entry)) is not None:
+            return found
+        made = {name: np.ascontiguousarray(x) for name, x in build().items()}
+        for array in made.values():
+            array.setflags(write=False)
+        if entry is None:
+            self._tell("this user has no cache folder")
+            return made
+        return self._kept(entry, made, json.loads(text))
+
+    def _kept(self, entry: Path, made: Arrays, note: dict[str, Any]) -> Arrays:
+        """The arrays, from now on of the entry if that could be written."""
+        temporary = entry.with_name(f".{entry.name}.{uuid.uuid4().hex}")
+        aside = temporary.with_name(temporary.name + ".damaged")
+        try:
+            _save(temporary, made, note)
+            if entry.exists() and _load(entry) is None:
+                logger.info(f"{entry}: damaged; built anew")
+                os.rename(entry, aside)
+            os.rename(temporary, entry)
+        except OSError as error:
+            if _load(entry) is None:  # else another process was first
+                self._tell(f"{entry.parent}: cannot be written ({error.strerror or error})")
+        for folder in (temporary, aside):
+            shutil.rmtree(folder, ignore_errors=True)
+        return _load(entry) or made
+
+    def _tell(self, why: str) -> None:
+        if not self._told:
+            logger.info(f"{why}: indices of token files are not kept, and built by each process; set data.cache_folder")
+        self._told = True
+
+
+def _save(folder: Path, arrays: Arrays, note: dict[str, Any]) -> None:
+    """Write an entry. Raises OSError."""
+    folder.mkdir(parents=True)
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array, allow_pickle=False)
+    described = note | {"arrays": {name: _describe(x) for name, x in arrays.items()}}
+    (folder / NOTE).write_text(json.dumps(described, indent=1), encoding="utf-8")
+
+
+def _load(folder: Path) -> Arrays | None:
+    """The arrays of an entry, mapped; None if it is not there or damaged."""
+    try:
+        described = json.loads((folder / NOTE).read_text(encoding="utf-8"))["arrays"]
+        found = {name: _map(folder / f"{name}.npy") for name in described}
+        return found if {name: _describe(x) for name, x in found.items()} == described else None
+    except (OSError, ValueError, EOFError, KeyError, TypeError):
+        return None
+
+
+def _map(path: Path) -> np.ndarray:
+    """A plain view of the mapping, which is faster to index than numpy's own class of it."""
+    return np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+
+
+def _describe(array: np.ndarray) -> dict[str, Any]:
+    """What an array must agree with."""
+    raw, crc = array.reshape(-1).view(np.uint8).data, 0
+    for start in range(0, len(raw), CHUNK):
+        crc = zlib.crc32(raw[start : start + CHUNK], crc)
+    return {"dtype": array.dtype.str, "shape": list(array.shape), "crc32": crc}

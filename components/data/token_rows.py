@@ -1,0 +1,90 @@
+"""What both orders of token files need of them: lengths without reading, parts of documents, a key to the content."""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from components.data.token_files import TokenFiles
+from components.runtime.errors import DataError
+
+
+class Tokens(Protocol):
+    """Documents that are token ids, as TokenFiles are."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document. # (documents,) int64"""
+        ...
+
+    @property
+    def content_key(self) -> str:
+        """Digest of the content."""
+        ...
+
+    def read(self, index: int, offset: int = 0, count: int | None = None) -> np.ndarray:
+        """`count` tokens of a document from `offset` on; None: to its end. Raises DataError. # (count,) int64"""
+        ...
+
+
+class TokenSource(NamedTuple):
+    """One of the sources of a job whose rows come from token files."""
+
+    name: str
+    """Each name once; "" for a job's only source."""
+    files: Tokens
+    weight: float | None = 1.0
+    """Share in the mixture. None for all: Megatron-LM's order by the sources' sizes."""
+    epochs: int | None = None
+    """Passes after which it leaves the mixture (native order only); None: the ending decides."""
+
+
+class TokenPart:
+    """Tokens: consecutive documents of token files, or consecutive sequences, Megatron-LM's unit of GPT data."""
+
+    def __init__(self, files: TokenFiles, start: int, stop: int, *, sequences: bool = False) -> None:
+        self._files, self._start, self._stop, self._sequences = files, start, stop, sequences
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """See Tokens."""
+        whole = self._files.sequence_lengths if self._sequences else self._files.lengths
+        return whole[self._start : self._stop]
+
+    @property
+    def content_key(self) -> str:
+        """That of the whole, and which part of it."""
+        unit = "sequences" if self._sequences else "documents"
+        return f"{self._files.content_key} {unit} {self._start}:{self._stop}"
+
+    def read(self, index: int, offset: int = 0, count: int | None = None) -> np.ndarray:
+        """See Tokens."""
+        read = self._files.read_sequence if self._sequences else self._files.read
+        return read(self._start + index, offset, count)
+
+
+class Piece(NamedTuple):
+    """What a row takes of one document."""
+
+    source: TokenSource
+    document: int
+    offset: int
+    count: int
+
+
+def join(pieces: Sequence[Piece], vocab_size: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of the pieces, and the piece that each belongs to. # both (tokens,) int64
+
+    Raises DataError for token ids that the model's vocabulary has not (None: any will do).
+    """
+    pieces = [x for x in pieces if x.count]
+    parts = [x.source.files.read(x.document, x.offset, x.count) for x in pieces]
+    tokens = np.concatenate(parts)
+    if vocab_size is not None and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
+        bad, ids = next((x, y) for x, y in zip(pieces, parts, strict=True) if y.min() < 0 or y.max() >= vocab_size)
+        raise DataError(
+            f"source {bad.source.name!r}, document {bad.document}, counted from 0: token ids from {ids.min()} to"
+            f" {ids.max()}, but the model's vocabulary has {vocab_size}; take the tokenizer that the files were made"
+            " with, and a flavor whose vocabulary holds it"
+        )
+    return tokens, np.repeat(np.arange(len(parts)), [len(x) for x in parts])
