@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from components.data.documents import MEND, BadRecord, Record
+from components.data.origins import Origin
 from components.data.tokenizer import Tokenizer
 from components.runtime.errors import DataError
 
@@ -25,6 +26,8 @@ class Encoded(NamedTuple):
     """# (tokens,) int64"""
     targets: np.ndarray | None
     """Which of them a loss is taken at when they are predicted; None: all. # (tokens,) bool"""
+    origin: Origin | None = None
+    """Where they come from, while somebody listens (components/data/origins.py)."""
 
 
 class Seat(NamedTuple):

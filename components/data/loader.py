@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader as TorchDataLoader
 from torch.utils.data import IterableDataset, get_worker_info
 
 from components.config.training import DataLoader
+from components.data.origins import Listener, Traced
 from components.data.rows import Counts, Cursor, Mixed, Row, RowSource, padding_row
 from components.mesh.batch import Batch
 from components.runtime.errors import ConfigError, DataError, EspalierError
@@ -99,6 +100,14 @@ class Loader:
         """
         source = self._source
         return source.mixture((*table, *self._rest(len(table)))) if isinstance(source, Mixed) else {}
+
+    def listen(self, listener: Listener) -> bool:
+        """Have the documents of each row told as it is made, row by row, to a process that has no workers; False: the
+        source of rows cannot tell. A row of nothing but padding has nothing to tell of."""
+        if not isinstance(self._source, Traced):
+            return False
+        self._source.listener = listener
+        return True
 
     def __iter__(self) -> Iterator[StepRows]:
         """Steps of this rank, until its own rows end; see `steps` for ranks in agreement. Raises DataError."""

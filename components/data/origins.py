@@ -20,10 +20,18 @@ class Origin(NamedTuple):
     length: int
     """Tokens of the whole document, begin and end tokens included."""
 
+    def later(self, tokens: int) -> "Origin":
+        """The part that begins so many tokens after this one's begin."""
+        return self._replace(offset=self.offset + tokens)
+
+
+Listener = Callable[[Sequence[Origin]], None]
+"""Takes the documents of a row, in order and without padding. The last may be only a label in it."""
+
 
 @runtime_checkable
 class Traced(Protocol):
     """A row source that can tell."""
 
-    listener: Callable[[Sequence[Origin]], None] | None
-    """Called with the documents of each row, in order and without padding, just before the row is given."""
+    listener: Listener | None
+    """Called just before a row is given."""

@@ -23,6 +23,7 @@ import numpy as np
 from components.data.documents import MEND, BadRecord
 from components.data.encoding import Encoded, Where
 from components.data.mixture import Mixture, Taken
+from components.data.origins import Listener
 from components.data.rows import Counts, Cursor, Row, make_row
 
 
@@ -80,13 +81,17 @@ def fitted(document: Encoded, packing: Packing, where: Where) -> Encoded | None:
     )
 
 
-def rows_of(mixture: Mixture, packing: Packing, done: int, counts: Counts, *, pad: bool) -> Rows:
+def rows_of(
+    mixture: Mixture, packing: Packing, done: int, counts: Counts, *, pad: bool, listener: Listener | None = None
+) -> Rows:
     """Rows of one stream, each with the cursor after it. `done`: the cursor's number, the mixture stands at its state.
 
     `pad`: the last row of `concat` is given though it is not full. What the rows hold is added to `counts`.
     """
 
     def row(parts: Sequence[Encoded]) -> Row:
+        if listener is not None:
+            listener([part.origin for part in parts if part.origin is not None])
         return _row(parts, packing, counts)
 
     match packing.kind:
@@ -226,7 +231,8 @@ def _split(document: Encoded, seq_len: int) -> list[Encoded]:
 
 
 def _cut(document: Encoded, where: slice) -> Encoded:
-    return Encoded(document.tokens[where], None if document.targets is None else document.targets[where])
+    origin = document.origin and document.origin.later(where.indices(len(document.tokens))[0])
+    return Encoded(document.tokens[where], None if document.targets is None else document.targets[where], origin)
 
 
 def _size(parts: Sequence[Encoded]) -> int:

@@ -15,6 +15,7 @@ from components.data.documents import BadRecord, Record
 from components.data.encoding import Encoded, Seat
 from components.data.mixture import Feed, Mixture, StreamSource, begin
 from components.data.order import Document, Place, Walk
+from components.data.origins import Listener, Origin
 from components.data.packing import Packing, fitted, rows_of
 from components.data.quota import PER_DOCUMENT, whole_weights
 from components.data.rows import Counts, Cursor, Ending, Row
@@ -44,6 +45,7 @@ class StreamedRows:
         self._sources, self._packing, self._skip_bad = sources, packing, skip_bad
         self._weights, self._per_document = whole_weights([x.weight for x in sources]), unit == "documents"
         self._begun: list[Cursor] = []
+        self.listener: Listener | None = None
         self.ending: Ending = ending
         self.seq_len, self.streams, self.counts = packing.seq_len, sources[0].deal.streams, Counts()
         self.fingerprint = fingerprint
@@ -105,7 +107,8 @@ class StreamedRows:
             for d, (source, walk) in enumerate(zip(self._sources, walks, strict=True))
         ]
         mixture = Mixture(feeds, self._weights, self._units)
-        return rows_of(mixture, self._packing, cursor[0], self.counts, pad=self.ending == "pad")
+        pad = self.ending == "pad"
+        return rows_of(mixture, self._packing, cursor[0], self.counts, pad=pad, listener=self.listener)
 
     def _units(self, document: Encoded) -> int:
         return PER_DOCUMENT if self._per_document else len(document.tokens)
@@ -126,6 +129,8 @@ class StreamedRows:
     def _made(self, source: StreamSource, document: Document) -> Encoded | None:
         """A document as it is packed, maybe without tokens; None if it is too long. Raises BadRecord."""
         encoded = source.encoder.encode(_read(document), document.where, Seat(document.epoch, document.position))
+        if self.listener is not None:
+            encoded = encoded._replace(origin=Origin(source.name, document.where(), 0, len(encoded.tokens)))
         return fitted(encoded, self._packing, document.where)
 
     def _mean(self, source: StreamSource) -> int:
