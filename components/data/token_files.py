@@ -9,13 +9,15 @@ from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
-import xxhash
 
-from components.data.token_bytes import TokenBytes
+from components.data.token_digest import hash_all, hash_parts, hash_sample
 from components.data.token_index import open_index
+from components.data.token_paths import find_tokens
+from components.data.token_paths import is_tokens as is_tokens
+from components.data.token_shards import Marks, ShardPart
 from components.runtime.errors import DataError
 
-SAMPLE, SAMPLES = 4096, 64  # bytes in a block, and blocks, of the tokens that the content key looks at
+ARRAYS = ("lengths", "sequence_lengths", "boundaries")  # made again from the files in a process that needs them
 
 
 class Part(Protocol):
@@ -100,7 +102,7 @@ class IndexedPart:
 
     def digest(self) -> bytes:
         """Of the whole index and a sample of the tokens."""
-        return hash_parts([self._index.digest(), hash_sample(self._bytes)])
+        return hash_parts([hash_all(self._index.file), hash_sample(self._bytes)])
 
     def _start(self, sequence: int) -> int:
         if sequence == self.sequences:
@@ -185,24 +187,7 @@ class TokenFiles:
         return self._parts[i], index - int(firsts[i])
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the arrays that are made again from the files: a worker that is spawned maps them instead."""
-        return {k: v for k, v in self.__dict__.items() if k not in ("lengths", "sequence_lengths", "boundaries")}
-
-
-def hash_parts(parts: Sequence[bytes]) -> bytes:
-    """One digest of several byte strings; where one ends matters."""
-    digest = xxhash.xxh3_128()
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "little") + part)
-    return digest.digest()
-
-
-def hash_sample(file: TokenBytes) -> bytes:
-    """Digest of a file's size and of blocks spread evenly over it; of all of it, if it is small."""
-    last = max(0, file.size - SAMPLE)
-    count = min(SAMPLES, -(-file.size // SAMPLE))
-    offsets = [last * i // max(1, count - 1) for i in range(count)]
-    return hash_parts([file.size.to_bytes(8, "little"), *file.blocks(offsets, SAMPLE)])
+        return {k: v for k, v in self.__dict__.items() if k not in ARRAYS}
 
 
 def _read(part: Part, start: int, stop: int, offset: int, count: int | None) -> np.ndarray:
@@ -210,6 +195,11 @@ def _read(part: Part, start: int, stop: int, offset: int, count: int | None) -> 
     return part.read(first, stop if count is None else min(first + count, stop))
 
 
-def open_tokens(path: str) -> TokenFiles:
-    """The documents of the prefix `path`. Raises DataError that says what is wrong with the files."""
-    return TokenFiles([IndexedPart(path.removesuffix(".bin").removesuffix(".idx"))])
+def open_tokens(path: str, marks: Marks | None = None) -> TokenFiles:
+    """The documents of the token files that a path names: one prefix or file, or all of a folder or a glob, sorted.
+
+    `marks` say where documents begin or end in files without an index; None: each of those is one document.
+    Raises DataError that says what is wrong with the files, and how to mend it.
+    """
+    marks = marks or Marks()
+    return TokenFiles([IndexedPart(x.name) if x.indexed else ShardPart(x.name, marks) for x in find_tokens(path)])

@@ -14,7 +14,6 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
-import xxhash
 
 from components.data.token_bytes import TokenBytes, open_bytes
 from components.runtime.errors import DataError
@@ -75,13 +74,6 @@ class Index:
         offset = HEADER.size + 12 * self.header.sequences + 8 * (self.header.documents + 1)
         return self.file.array(MODE, offset, self.header.sequences)
 
-    def digest(self) -> bytes:
-        """Of every byte, at several GB/s."""
-        digest, byte = xxhash.xxh3_128(), np.dtype(np.uint8)
-        for start in range(0, self.file.size, 8 * CHUNK):
-            digest.update(self.file.array(byte, start, min(8 * CHUNK, self.file.size - start)).data)
-        return digest.digest()
-
     def __getstate__(self) -> dict[str, Any]:
         return {"file": self.file, "header": self.header}
 
@@ -90,7 +82,7 @@ def read_header(head: bytes, size: int, name: str) -> Header:
     """The header of an `.idx` of `size` bytes. Raises DataError that says what is wrong, before anything is made."""
     if head.startswith(LEGACY):
         raise DataError(f"{name}: the older TNTIDX format, which is no longer read; preprocess the text again")
-    if not head.startswith(MAGIC[: max(len(head), 1)]):
+    if not MAGIC.startswith(head[: len(MAGIC)]):
         raise DataError(f"{name}: not an index of token files: begins with {head[:9]!r}, not {MAGIC!r}; check the path")
     if len(head) < HEADER.size:
         raise DataError(f"{name}: truncated: {size} bytes, but the header alone has {HEADER.size}; {REWRITE}")
@@ -195,9 +187,7 @@ def _document_problems(index: Index) -> list[str]:
     for start, here in _pieces(documents[:-1]):
         if len(bad := np.flatnonzero(here > documents[start + 1 : start + 1 + len(here)])):
             i = start + int(bad[0])
-            found.append(
-                f"document {i} starts at sequence {documents[i]}, the next one before it at {documents[i + 1]}"
-            )
+            found.append(f"document {i} starts at sequence {documents[i]}, but the next one at {documents[i + 1]}")
             break
     return found
 

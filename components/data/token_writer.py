@@ -10,13 +10,15 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
 import numpy as np
 
-from components.data.token_bytes import is_url
+from components.data.remote import is_remote, local_path
+from components.data.token_bytes import BYTE
 from components.data.token_index import CHUNK, CODES, HEADER, LENGTH, MAGIC, MODE, POINTER, VERSION, open_index
 from components.runtime.errors import DataError
 
@@ -39,15 +41,15 @@ class IndexedWriter:
     def __init__(
         self, prefix: str | Path, dtype: np.dtype | type, *, overwrite: bool = False, modes: bool = False
     ) -> None:
-        self.prefix, self.dtype, self._overwrite = str(prefix), np.dtype(dtype).newbyteorder("<"), overwrite
+        self.prefix, self.dtype, self._overwrite = local_path(str(prefix)), np.dtype(dtype).newbyteorder("<"), overwrite
         if self.dtype not in CODES:
             allowed = ", ".join(x.name for x in CODES)
             raise DataError(f"{prefix}: token files of {self.dtype.name} cannot be written; allowed: {allowed}")
-        if is_url(self.prefix):
+        if is_remote(self.prefix):
             raise DataError(f"{prefix}: token files are written to local folders only; write there and copy both files")
         self.tokens = self.sequences = self.documents = 0
         self._refuse()
-        self._temporary = {x: f"{prefix}{x}.{os.getpid()}-{secrets.token_hex(4)}.tmp" for x in (".bin", ".idx")}
+        self._temporary = {x: f"{self.prefix}{x}.{os.getpid()}-{secrets.token_hex(4)}.tmp" for x in (".bin", ".idx")}
         self._open: list[IO[bytes]] = []
         try:
             Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
@@ -116,10 +118,9 @@ class IndexedWriter:
                 f"{prefix}: holds {_kind(header.dtype, header.modes)}, {self.prefix} gets"
                 f" {_kind(self.dtype, self._modes is not None)}; put together files of one kind"
             )
-        byte = np.dtype(np.uint8)
         try:
             for start, stop in _pieces(tokens.size):
-                self._bin.write(tokens.array(byte, start, stop - start).data)
+                self._bin.write(tokens.array(BYTE, start, stop - start).data)
             for start, stop in _pieces(header.sequences):
                 index.check()
                 self._idx.write(index.lengths[start:stop].tobytes())
@@ -158,9 +159,11 @@ class IndexedWriter:
     def discard(self) -> None:
         """Remove what was written, if it is not finished."""
         for file in self._open:
-            file.close()
+            with suppress(OSError):  # a full disk fails again at what is still to be written, and thrown away here
+                file.close()
         for path in self._temporary.values():
-            Path(path).unlink(missing_ok=True)
+            if os.path.lexists(path):
+                os.unlink(path)
 
     def __enter__(self) -> Self:
         return self

@@ -1,0 +1,146 @@
+"""Shares such as "98,1,1" of the documents in file order: the first for training, the second for validation.
+
+Megatron-LM's rule, to the last document: shares are divided by their sum, and part i is documents round(N·lo) to
+round(N·hi), where lo and hi are the running sums before and after it. Documents are not shuffled first, so that what
+is held out does not depend on a seed; a corpus that is sorted by origin should be shuffled when it is written.
+"""
+
+import re
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from components.data.documents import RandomAccess, Record, place_of
+from components.data.token_files import ARRAYS, TokenFiles
+from components.runtime.errors import ConfigError
+
+NAMES = ("training", "validation", "test")
+"""What parts 0, 1 and 2 are for."""
+
+
+def is_shares(split: str) -> bool:
+    """Whether a split is meant as shares, rather than as the name of a split."""
+    return re.search(r"^\s*[-+.\d]|,", split) is not None
+
+
+def parse_shares(split: str, key: str) -> list[float]:
+    """Up to three shares, divided by their sum; those that are missing are 0. Raises ConfigError naming the key."""
+    allowed = 'allowed: up to three numbers, not negative and not all 0, such as "98,1,1"'
+    try:
+        shares = [float(x) for x in split.split(",")]
+    except ValueError:
+        raise ConfigError(f"{key} = {split!r}: not shares; {allowed}") from None
+    if len(shares) > len(NAMES):
+        raise ConfigError(f"{key} = {split!r}: {len(shares)} shares; {allowed}")
+    if not all(np.isfinite(x) and x >= 0 for x in shares) or not any(shares):
+        raise ConfigError(f"{key} = {split!r}: no shares of a whole; {allowed}")
+    whole = np.array(shares + [0.0] * (len(NAMES) - len(shares)))
+    return (whole / np.sum(whole)).tolist()
+
+
+def share_bounds(split: str, part: int, count: int, key: str) -> tuple[int, int]:
+    """First item of a part of `count`, and the one after its last. Raises ConfigError for shares that are none."""
+    shares = parse_shares(split, key)
+    edges = [0.0]
+    for share in shares:
+        edges.append(edges[-1] + share)
+    return round(edges[part] * count), round(edges[part + 1] * count)
+
+
+class Slice:
+    """RandomAccess over consecutive documents of another."""
+
+    def __init__(self, source: RandomAccess, start: int, stop: int) -> None:
+        self._source, self._start, self._stop = source, start, stop
+
+    def __len__(self) -> int:
+        return self._stop - self._start
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """That of the whole, and which documents."""
+        return self._source.fingerprint | {"slice": [self._start, self._stop]}
+
+    def document(self, index: int) -> Record:
+        """See RandomAccess."""
+        return self._source.document(self._at(index))
+
+    def place(self, index: int) -> str:
+        """Where the document stands in the whole."""
+        return place_of(self._source, self._at(index))
+
+    def _at(self, index: int) -> int:
+        if not 0 <= index < len(self):
+            raise IndexError(f"no document {index} among {len(self)}")
+        return self._start + index
+
+
+class TokenSlice(Slice):
+    """The same of token files, with what these have beyond RandomAccess."""
+
+    def __init__(self, source: TokenFiles, start: int, stop: int) -> None:
+        super().__init__(source, start, stop)
+        self._tokens = source
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """See TokenFiles."""
+        return self._tokens.lengths[self._start : self._stop]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all."""
+        return int(self.lengths.sum())
+
+    @property
+    def content_key(self) -> str:
+        """That of the whole, and which documents."""
+        return f"{self._tokens.content_key}-{self._start}-{self._stop}"
+
+    @cached_property
+    def boundaries(self) -> np.ndarray:
+        """See TokenFiles."""
+        bounds = self._tokens.boundaries[self._start : self._stop + 1]
+        return bounds - bounds[0]
+
+    @property
+    def sequences(self) -> int:
+        """See TokenFiles."""
+        return int(self.boundaries[-1])
+
+    @cached_property
+    def sequence_lengths(self) -> np.ndarray:
+        """See TokenFiles."""
+        first, last = self._tokens.boundaries[[self._start, self._stop]]
+        return self._tokens.sequence_lengths[first:last]
+
+    def document(self, index: int) -> np.ndarray:
+        """See TokenFiles."""
+        return self._tokens.document(self._at(index))
+
+    def read(self, index: int, offset: int = 0, count: int | None = None) -> np.ndarray:
+        """See TokenFiles."""
+        return self._tokens.read(self._at(index), offset, count)
+
+    def read_sequence(self, index: int, offset: int = 0, count: int | None = None) -> np.ndarray:
+        """See TokenFiles."""
+        if not 0 <= index < self.sequences:
+            raise IndexError(f"no sequence {index} among {self.sequences}")
+        return self._tokens.read_sequence(int(self._tokens.boundaries[self._start]) + index, offset, count)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ARRAYS}
+
+
+def take_share(source: RandomAccess, split: str, part: int, key: str) -> Slice:
+    """Part 0 (training), 1 (validation) or 2 (test) of a source's documents; a TokenSlice of a TokenFiles.
+
+    Raises ConfigError naming the key: shares that are none, or a part without a document.
+    """
+    start, stop = share_bounds(split, part, len(source), key)
+    if start == stop:
+        raise ConfigError(
+            f"{key} = {split!r}: {NAMES[part]} gets none of {len(source)} documents; give it a larger share"
+        )
+    return TokenSlice(source, start, stop) if isinstance(source, TokenFiles) else Slice(source, start, stop)
