@@ -31,7 +31,7 @@ def inspect(args: argparse.Namespace, job: list[str]) -> int:
     rows = open_rows(job, os.environ, validation=args.validation, checkpoint=args.checkpoint)
     if args.start_step is not None:
         rows.go_to(args.start_step)
-    shown, sums = survey(iter(rows), args.rows, args.stats_rows, rows.unit)
+    shown, sums = survey(rows, args.rows, args.stats_rows)
     if args.html is not None:
         args.html.write_text(page(rows.name, shown, sums, rows.shares, rows.tokenizer), encoding="utf-8")
     if args.json:

@@ -6,10 +6,11 @@ user asks to see is found by reading on from the start, or from a checkpoint; on
 once.
 """
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count, islice
-from typing import Any
+from typing import Any, Literal
 
 from components.checkpoint.contents import read_files
 from components.checkpoint.manifest import read_manifest
@@ -21,7 +22,9 @@ from components.data.inspecting.survey import Survey
 from components.data.inspecting.view import RowView, views
 from components.data.loader import Loader
 from components.data.names import name_of
+from components.data.origins import Origin
 from components.data.tokenizer import Tokenizer
+from components.mesh.batch import IGNORE
 from components.mesh.degrees import resolve_degrees
 from components.runtime.errors import CheckpointError, ConfigError, DataError
 from models.train_spec import families, get_args
@@ -31,6 +34,7 @@ from trainer.config.load import resolve
 from trainer.settle import settle
 from trainer.validator import sets_of
 
+Unit = Literal["tokens", "documents"]
 HERE = DataLoader(num_workers=0, persistent_workers=False, pin_memory=False, prefetch_factor=None)
 
 
@@ -54,17 +58,35 @@ class Rows:
     """What they are of, for headings."""
     tokenizer: Tokenizer
     loader: Loader
-    unit: str
+    only: str
+    """What the only source is called."""
+    unit: Unit
     """What the shares of sources are shares of."""
     shares: Mapping[str, float] = field(default_factory=dict)
     """The part of the mixture that each source should be; empty where nothing is mixed."""
     done: int = 0
     """Steps before the loader's position."""
+    table: list[list[int]] = field(default_factory=list)
+    """Cursors after the last step that has been read."""
 
     def __iter__(self) -> Iterator[RowView]:
         """All rows of each step, in order. Raises DataError."""
+        told: deque[list[Origin]] = deque()
+        can_tell = self.loader.listen(lambda row: told.append([self._named(x) for x in row]))
         for step, rows in zip(count(self.done + 1), self.loader, strict=False):
-            yield from views(rows.batch, step)
+            self.table = rows.cursors.tolist()
+            empty = ((rows.batch.tokens == 0) & (rows.batch.labels == IGNORE)).all(dim=1).tolist()
+            origins = [[] if nothing else told.popleft() for nothing in empty] if can_tell else None
+            yield from views(rows.batch, step, origins)
+
+    def served(self) -> dict[str, int]:
+        """Tokens or documents of each source, from the job's first step to the last that has been read."""
+        found = self.loader.mixture(self.table) if self.table else {}
+        return {name or self.only: number for name, number in found.items()}
+
+    def _named(self, origin: Origin) -> Origin:
+        """A job's only source has no name of its own."""
+        return origin if origin.source else origin._replace(source=self.only)
 
     def go_to(self, step: int) -> None:
         """Let the rows begin with that step's. Raises ConfigError if it is passed already, DataError if the data end
@@ -111,11 +133,12 @@ def open_rows(
     job, _ = settle(resolved.job, degree, position.sizes if position else {})
     job = _without_workers(job)
     if validation is None:
-        rows = _open(job, f"training data of {job.job.description}", job.data.sources)
+        only = name_of(job.data.sources[0]) if job.data.sources else job.training.dataset
+        rows = _open(job, f"training data of {job.job.description}", only, job.data.sources)
     else:
         name, section = _choose(job, validation)
         job = replace(job, validation=section)
-        rows = _open(job, f"validation set {name} of {job.job.description}", [], validation=True)
+        rows = _open(job, f"validation set {name} of {job.job.description}", name, [], validation=True)
     if position:
         rows.loader.load_state(position.loader)
         rows.done = position.step
@@ -136,7 +159,7 @@ def _choose(job: JobConfig, name: str) -> tuple[str, Any]:
     return name, sets[name]
 
 
-def _open(job: JobConfig, name: str, sources: Sequence[Source], validation: bool = False) -> Rows:
+def _open(job: JobConfig, name: str, only: str, sources: Sequence[Source], validation: bool = False) -> Rows:
     spec = families[job.model.name].load()
     tokenizer = spec.build_tokenizer_fn(job)
     loader = spec.build_dataloader_fn(
@@ -149,7 +172,7 @@ def _open(job: JobConfig, name: str, sources: Sequence[Source], validation: bool
     )
     total = sum(source.weight for source in sources)
     shares = {name_of(source): source.weight / total for source in sources}
-    return Rows(name, tokenizer, loader, job.data.unit, shares)
+    return Rows(name, tokenizer, loader, only, job.data.unit, shares)
 
 
 def read_position(folder: str) -> Position:
@@ -165,13 +188,14 @@ def read_position(folder: str) -> Position:
     return Position(manifest.step, sizes, loader)
 
 
-def survey(rows: Iterator[RowView], shown: int, counted: int, unit: Any) -> tuple[list[RowView], Survey | None]:
+def survey(rows: Rows, shown: int, counted: int) -> tuple[list[RowView], Survey | None]:
     """The first `shown` rows, and the sums over the first `counted`; None without any."""
     kept: list[RowView] = []
-    sums = Survey(unit=unit)
+    sums = Survey(rows.unit)
     for number, view in zip(range(max(shown, counted)), rows, strict=False):
         if number < shown:
             kept.append(view)
         if number < counted:
             sums.add(view)
+    sums.served = rows.served()
     return kept, sums if sums.rows else None

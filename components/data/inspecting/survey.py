@@ -36,6 +36,8 @@ class Survey:
     """Pieces of documents, one for each row that holds some of it."""
     sources: dict[str, Tally] = field(default_factory=dict)
     """Empty where the row source does not say where its documents come from."""
+    served: Mapping[str, int] = field(default_factory=dict)
+    """Tokens or documents of each source that the job has had since its first step, where the row source knows."""
     whole: bool = True
     """Whether `lengths` are of whole documents, each counted where it begins; else they are of pieces."""
     lengths: Counter[int] = field(default_factory=Counter)
@@ -77,12 +79,14 @@ class Survey:
     def source_rows(self, shares: Mapping[str, float]) -> list[tuple[str, ...]]:
         """A table of the sources, its heading first. `shares`: the part of the mixture that each should be."""
         total = sum(getattr(tally, self.unit) for tally in self.sources.values())
-        rows: list[tuple[str, ...]] = [("source", "tokens", "documents", "trained", f"share of {self.unit}", "wanted")]
+        head = ("source", "tokens", "documents", "trained", f"share of {self.unit}", "wanted", "since the start")
+        rows: list[tuple[str, ...]] = [head]
         for name in sorted({*self.sources, *shares}):
             tally = self.sources.get(name, Tally())
             wanted = f"{shares[name]:.1%}" if name in shares else "n/a"
             trained, share = percent(tally.trained, tally.tokens), percent(getattr(tally, self.unit), total)
-            rows.append((name, f"{tally.tokens:,}", f"{tally.documents:,}", trained, share, wanted))
+            served = f"{self.served[name]:,}" if name in self.served else "n/a"
+            rows.append((name, f"{tally.tokens:,}", f"{tally.documents:,}", trained, share, wanted, served))
         return rows
 
     def plain(self) -> dict[str, Any]:
@@ -94,6 +98,7 @@ class Survey:
             "padding": self.padding,
             "trained": self.trained,
             "documents": self.documents,
+            "served": dict(self.served),
             "sources": {name: vars(tally) for name, tally in sorted(self.sources.items())},
             "lengths_of": "documents" if self.whole else "pieces",
             "lengths": histogram,

@@ -177,13 +177,13 @@ SUMS = """\
   padding             4    20.0%
   trained            12    60.0%
 sources
-  source  tokens  documents  trained  share of tokens  wanted
-  code         4          0    75.0%            25.0%   20.0%
-  rare         0          0      n/a             0.0%    5.0%
-  web         12          3    75.0%            75.0%   75.0%
+  source  tokens  documents  trained  share of tokens  wanted  since the start
+  code         4          0    75.0%            25.0%   20.0%              n/a
+  rare         0          0      n/a             0.0%    5.0%                0
+  web         12          3    75.0%            75.0%   75.0%            1,012
 lengths in tokens of documents that begin in these rows
-            2–3         1 ####################
-            4–7         2 ########################################
+              2–3         1 ####################
+              4–7         2 ########################################
 """
 
 
@@ -191,6 +191,7 @@ def test_sums() -> None:
     first = view(["x y", "x y z"], 10, origins=[origin("web", "w:1", 0, 4), origin("web", "w:2", 0, 5)])
     second = view(["x y", "z"], 10, origins=[origin("code", "c:1", 8, 12), origin("web", "w:3", 0, 3)])
     sums = survey(first, second)
+    sums.served = {"web": 1012, "rare": 0}
     assert plain(survey_text(sums, {"web": 0.75, "code": 0.2, "rare": 0.05})) == SUMS
     assert sums.plain() == {
         "rows": 2,
@@ -198,6 +199,7 @@ def test_sums() -> None:
         "padding": 4,
         "trained": 12,
         "documents": 4,
+        "served": {"web": 1012, "rare": 0},
         "sources": {
             "code": {"tokens": 4, "documents": 0, "trained": 3},
             "web": {"tokens": 12, "documents": 3, "trained": 9},
@@ -210,8 +212,8 @@ def test_sums() -> None:
 def test_shares_of_documents() -> None:
     found = view(["x", "y"], 6, origins=[origin("a", "a:1", 0, 3), origin("b", "b:1", 0, 3)])
     assert survey(found, unit="documents").source_rows({"a": 0.5, "b": 0.5})[:2] == [
-        ("source", "tokens", "documents", "trained", "share of documents", "wanted"),
-        ("a", "3", "1", "66.7%", "50.0%", "50.0%"),
+        ("source", "tokens", "documents", "trained", "share of documents", "wanted", "since the start"),
+        ("a", "3", "1", "66.7%", "50.0%", "50.0%", "n/a"),
     ]
 
 
