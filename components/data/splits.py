@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from components.data.documents import RandomAccess, Record, place_of
+from components.data.documents import RandomAccess, Record, check_unchanged, place_of
 from components.data.token_files import ARRAYS, TokenFiles
 from components.runtime.errors import ConfigError
 
@@ -69,6 +69,10 @@ class Slice:
     def place(self, index: int) -> str:
         """Where the document stands in the whole."""
         return place_of(self._source, self._at(index))
+
+    def check(self) -> None:
+        """See Watched."""
+        check_unchanged(self._source)
 
     def _at(self, index: int) -> int:
         if not 0 <= index < len(self):

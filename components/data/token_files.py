@@ -53,6 +53,10 @@ class Part(Protocol):
         """Tokens. Raises DataError if the files have changed. # (stop - start,) int64"""
         ...
 
+    def check(self) -> None:
+        """Raises DataError if a file is not what it was."""
+        ...
+
     def digest(self) -> bytes:
         """Of what the tokens and documents are."""
         ...
@@ -99,6 +103,11 @@ class IndexedPart:
     def read(self, start: int, stop: int) -> np.ndarray:
         """See Part."""
         return self._bytes.array(self._dtype, start * self._dtype.itemsize, stop - start).astype(np.int64)
+
+    def check(self) -> None:
+        """See Part."""
+        self._index.check()
+        self._bytes.check()
 
     def digest(self) -> bytes:
         """Of the whole index and a sample of the tokens."""
@@ -167,6 +176,11 @@ class TokenFiles:
         """File and document in it."""
         part, i = self._find(self._documents, index)
         return f"{part.name}: document {i}"
+
+    def check(self) -> None:
+        """See Watched."""
+        for part in self._parts:
+            part.check()
 
     @cached_property
     def content_key(self) -> str:

@@ -5,7 +5,7 @@ Little-endian, no padding: magic (9 bytes), version (u64, 1), dtype code (u8), S
 sequence that each document starts at, and S), and one mode per sequence (i8[S]) that only the file's size tells of.
 
 Nothing is believed: the counts are compared with the file's size before anything is made of them, and opening checks
-every entry (about 5 ms for a million documents), because a wrong pointer reads as plausible tokens of another document.
+every entry (about 10 ms for a million documents), because a wrong pointer reads as plausible tokens of another one.
 """
 
 import struct

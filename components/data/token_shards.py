@@ -71,6 +71,10 @@ class ShardPart:
         offset = self._first + start * self._dtype.itemsize
         return self._bytes.array(self._dtype, offset, stop - start).astype(np.int64)
 
+    def check(self) -> None:
+        """See Part."""
+        self._bytes.check()
+
     def digest(self) -> bytes:
         """Of all boundaries and a sample of the tokens."""
         return hash_parts([self._dtype.str.encode(), self._bounds.tobytes(), hash_sample(self._bytes)])

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from components.data.documents import RandomAccess
+from components.data.splits import TokenSlice
 from components.data.token_files import Marks, TokenFiles, is_tokens, open_tokens
 from components.data.token_writer import IndexedWriter
 from components.runtime.errors import DataError
@@ -75,8 +76,9 @@ def test_a_file_that_changes_is_an_error(tmp_path: Path, change: str, suffix: st
     with pytest.raises(DataError) as caught:
         files.document(4999)
     assert str(caught.value) == f"{path}: {text.format(size=size, half=size // 2)}; {RESTORE}"
-    with pytest.raises(DataError):
-        files.read_sequence(4999, 3, 2)
+    for read in (lambda: files.read_sequence(4999, 3, 2), files.check, TokenSlice(files, 0, 1).check):
+        with pytest.raises(DataError):
+            read()
     if suffix == ".idx":
         with pytest.raises(DataError):
             _ = files.lengths
