@@ -6,13 +6,12 @@ is held out does not depend on a seed; a corpus that is sorted by origin should 
 """
 
 import re
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from components.data.documents import RandomAccess, Record, check_unchanged, place_of
-from components.data.token_files import ARRAYS, TokenFiles
+from components.data.token_files import TokenFiles
 from components.runtime.errors import ConfigError
 
 NAMES = ("training", "validation", "test")
@@ -81,13 +80,13 @@ class Slice:
 
 
 class TokenSlice(Slice):
-    """The same of token files, with what these have beyond RandomAccess."""
+    """The same of token files, with lengths and parts of documents, so that rows can be indexed."""
 
     def __init__(self, source: TokenFiles, start: int, stop: int) -> None:
         super().__init__(source, start, stop)
         self._tokens = source
 
-    @cached_property
+    @property
     def lengths(self) -> np.ndarray:
         """See TokenFiles."""
         return self._tokens.lengths[self._start : self._stop]
@@ -102,23 +101,6 @@ class TokenSlice(Slice):
         """That of the whole, and which documents."""
         return f"{self._tokens.content_key}-{self._start}-{self._stop}"
 
-    @cached_property
-    def boundaries(self) -> np.ndarray:
-        """See TokenFiles."""
-        bounds = self._tokens.boundaries[self._start : self._stop + 1]
-        return bounds - bounds[0]
-
-    @property
-    def sequences(self) -> int:
-        """See TokenFiles."""
-        return int(self.boundaries[-1])
-
-    @cached_property
-    def sequence_lengths(self) -> np.ndarray:
-        """See TokenFiles."""
-        first, last = self._tokens.boundaries[[self._start, self._stop]]
-        return self._tokens.sequence_lengths[first:last]
-
     def document(self, index: int) -> np.ndarray:
         """See TokenFiles."""
         return self._tokens.document(self._at(index))
@@ -126,15 +108,6 @@ class TokenSlice(Slice):
     def read(self, index: int, offset: int = 0, count: int | None = None) -> np.ndarray:
         """See TokenFiles."""
         return self._tokens.read(self._at(index), offset, count)
-
-    def read_sequence(self, index: int, offset: int = 0, count: int | None = None) -> np.ndarray:
-        """See TokenFiles."""
-        if not 0 <= index < self.sequences:
-            raise IndexError(f"no sequence {index} among {self.sequences}")
-        return self._tokens.read_sequence(int(self._tokens.boundaries[self._start]) + index, offset, count)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ARRAYS}
 
 
 def take_share(source: RandomAccess, split: str, part: int, key: str) -> Slice:

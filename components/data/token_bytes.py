@@ -48,6 +48,10 @@ class TokenBytes(Protocol):
         """Up to `size` bytes from each offset. Raises DataError."""
         ...
 
+    def close(self) -> None:
+        """Give back the descriptor, if it holds one; the next access opens the file again."""
+        ...
+
 
 class LocalBytes:
     """TokenBytes of a local file. Raises DataError if it cannot be read."""
@@ -82,8 +86,11 @@ class LocalBytes:
         """See TokenBytes."""
         return [self.array(BYTE, x, min(size, self.size - x)).tobytes() for x in offsets]
 
+    def close(self) -> None:
+        """See TokenBytes."""
+        self._map = None
+
     def _open(self) -> mmap.mmap | bytes:
-        """The mapping, made when it is first needed: it costs a descriptor, and many files may be named."""
         with self._file.open() as file, self._file.guarded():
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else b""
 
@@ -136,6 +143,9 @@ class RemoteBytes:
         with self._file.guarded():
             store, path = url_to_fs(self.name)
             return [bytes(x) for x in store.cat_ranges([path] * len(offsets), offsets, ends, on_error="raise")]
+
+    def close(self) -> None:
+        """See TokenBytes. Nothing: what has been fetched is dear, and connections are fsspec's."""
 
     def _read(self, offset: int, size: int) -> bytes | memoryview:
         if self._whole:

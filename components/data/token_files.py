@@ -4,7 +4,8 @@ Documents are numbered through all parts, in the order that the parts were given
 made of (an index, or marks between documents) nobody else needs to know.
 """
 
-from collections.abc import Sequence
+import resource
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -57,6 +58,10 @@ class Part(Protocol):
         """Raises DataError if a file is not what it was."""
         ...
 
+    def close(self) -> None:
+        """Give back descriptors; the next access opens the files again."""
+        ...
+
     def digest(self) -> bytes:
         """Of what the tokens and documents are."""
         ...
@@ -73,6 +78,7 @@ class IndexedPart:
             raise DataError(f"{prefix}.idx: holds {self._dtype.name}, which are no token ids")
         self.documents, self.sequences = self._index.header.documents, self._index.header.sequences
         self.tokens = self._bytes.size // self._dtype.itemsize
+        self.close()
 
     def lengths(self) -> np.ndarray:
         """See Part."""
@@ -109,6 +115,11 @@ class IndexedPart:
         self._index.check()
         self._bytes.check()
 
+    def close(self) -> None:
+        """See Part."""
+        self._index.close()
+        self._bytes.close()
+
     def digest(self) -> bytes:
         """Of the whole index and a sample of the tokens."""
         return hash_parts([hash_all(self._index.file), hash_sample(self._bytes)])
@@ -127,6 +138,7 @@ class TokenFiles:
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self._parts = tuple(parts)
+        self._used: dict[int, None] = {}  # parts that may be open, the last used last
         self._documents = np.cumsum([0, *(x.documents for x in parts)])
         self._sequences = np.cumsum([0, *(x.sequences for x in parts)])
         self.tokens = sum(x.tokens for x in parts)
@@ -145,17 +157,17 @@ class TokenFiles:
     @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of each document. # (documents,) int64"""
-        return np.concatenate([x.lengths() for x in self._parts])
+        return np.concatenate([x.lengths() for x in self._each()])
 
     @cached_property
     def sequence_lengths(self) -> np.ndarray:
         """Tokens of each sequence. # (sequences,) int64"""
-        return np.concatenate([x.sequence_lengths() for x in self._parts])
+        return np.concatenate([x.sequence_lengths() for x in self._each()])
 
     @cached_property
     def boundaries(self) -> np.ndarray:
         """First sequence of each document, and the number of sequences. # (documents + 1,) int64"""
-        starts = [x.boundaries()[:-1] + first for x, first in zip(self._parts, self._sequences, strict=False)]
+        starts = [x.boundaries()[:-1] + first for x, first in zip(self._each(), self._sequences, strict=False)]
         return np.concatenate([*starts, self._sequences[-1:]])
 
     def document(self, index: int) -> np.ndarray:
@@ -185,7 +197,7 @@ class TokenFiles:
     @cached_property
     def content_key(self) -> str:
         """Digest of what the documents are: whole indices, sampled tokens. Wherever the files lie, and when made."""
-        return hash_parts([x.digest() for x in self._parts]).hex()
+        return hash_parts([x.digest() for x in self._each()]).hex()
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -198,10 +210,29 @@ class TokenFiles:
         if len(self._parts) == 1:
             return self._parts[0], index
         i = int(np.searchsorted(firsts, index, side="right")) - 1
-        return self._parts[i], index - int(firsts[i])
+        return self._use(i), index - int(firsts[i])
+
+    def _each(self) -> Iterator[Part]:
+        return map(self._use, range(len(self._parts)))
+
+    def _use(self, i: int) -> Part:
+        """Part i. One that was not used for long gives back its descriptors: there may be thousands of files."""
+        known = i in self._used
+        self._used.pop(i, None)
+        self._used[i] = None
+        if not known and len(self._used) > _most_open():
+            oldest = next(iter(self._used))
+            self._used.pop(oldest, None)
+            self._parts[oldest].close()
+        return self._parts[i]
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ARRAYS}
+
+
+def _most_open() -> int:
+    """Parts that may be open at once: with two files each, half of what the process may open, so `ulimit -n` helps."""
+    return max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
 
 
 def _read(part: Part, start: int, stop: int, offset: int, count: int | None) -> np.ndarray:

@@ -74,6 +74,12 @@ class Index:
         offset = HEADER.size + 12 * self.header.sequences + 8 * (self.header.documents + 1)
         return self.file.array(MODE, offset, self.header.sequences)
 
+    def close(self) -> None:
+        """Give back the descriptor; the next access opens the file again."""
+        for name in ("lengths", "pointers", "documents", "modes"):
+            self.__dict__.pop(name, None)
+        self.file.close()
+
     def __getstate__(self) -> dict[str, Any]:
         return {"file": self.file, "header": self.header}
 

@@ -45,6 +45,7 @@ class ShardPart:
         at = marks.at or ("begin" if self._first else "end")
         self._bounds = self._scan(marks.token, at)  # (documents + 1,)
         self.documents = self.sequences = len(self._bounds) - 1
+        self.close()
 
     def lengths(self) -> np.ndarray:
         """See Part."""
@@ -74,6 +75,10 @@ class ShardPart:
     def check(self) -> None:
         """See Part."""
         self._bytes.check()
+
+    def close(self) -> None:
+        """See Part."""
+        self._bytes.close()
 
     def digest(self) -> bytes:
         """Of all boundaries and a sample of the tokens."""

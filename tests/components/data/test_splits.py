@@ -89,24 +89,17 @@ def tokens(tmp_path: Path) -> TokenFiles:
 def test_slices_of_token_files(tokens: TokenFiles, start: int, stop: int) -> None:
     part = TokenSlice(tokens, start, stop)
     documents = [[1, 2], [], [3, 4, 5], [6], [7, 8, 9]][start:stop]
-    sequences = [[[1, 2]], [], [[3], [4, 5]], [[6]], [[7], [8], [9]]][start:stop]
     for copy in (part, pickle.loads(pickle.dumps(part))):
         assert [copy.document(i).tolist() for i in range(len(copy))] == documents
         assert [copy.read(i, 1, 1).tolist() for i in range(len(copy))] == [x[1:2] for x in documents]
         assert copy.lengths.tolist() == [len(x) for x in documents]
         assert copy.tokens == sum(len(x) for x in documents)
-        assert copy.boundaries.tolist() == np.cumsum([0, *(len(x) for x in sequences)]).tolist()
-        flat = [x for y in sequences for x in y]
-        assert copy.sequence_lengths.tolist() == [len(x) for x in flat]
-        assert [copy.read_sequence(i).tolist() for i in range(copy.sequences)] == flat
     assert part.place(0) == tokens.place(start)
     assert part.content_key == f"{tokens.content_key}-{start}-{stop}"
     assert part.fingerprint == tokens.fingerprint | {"slice": [start, stop]}
     for index in (-1, len(part)):
         with pytest.raises(IndexError, match=f"no document {index} among {len(part)}"):
             part.document(index)
-    with pytest.raises(IndexError, match=f"no sequence {part.sequences} among"):
-        part.read_sequence(part.sequences)
 
 
 class Letters:

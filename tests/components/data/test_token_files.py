@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import pickle
+import resource
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -130,6 +131,23 @@ def test_several_prefixes_are_one_source(tmp_path: Path) -> None:
     for index in (-1, 6):
         with pytest.raises(IndexError, match=f"no number {index} among 6"):
             files.document(index)
+
+
+def test_more_files_than_a_process_may_open(tmp_path: Path) -> None:
+    for i in range(100):
+        write(tmp_path / f"{i:03}", [i, i + 1])
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    in_use = len(os.listdir("/dev/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(100, 2 * in_use), hard))
+    try:
+        files = open_tokens(str(tmp_path))
+        for i in (*range(100), *range(100)):
+            assert files.document(i).tolist() == [i, i + 1]
+        assert files.lengths.tolist() == files.sequence_lengths.tolist() == [2] * 100
+        assert len(files.content_key) == 32
+        files.check()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.parametrize("path", ["a", "a.bin", "a.idx", "./a", "?", "[ab].*", "*.idx", "a*"])
