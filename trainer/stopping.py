@@ -64,10 +64,15 @@ class Stop:
         self.finished = False
 
     def save(self, request: Request) -> None:
-        """Save what is settled, unless it is saved. Raises CheckpointError."""
+        """Save what is settled, unless it is saved. Raises CheckpointError.
+
+        A job whose data fail in its first step has nothing to lose: saved, it would refuse to go on with other data.
+        """
         trainer = self.trainer
-        self._use_own_stream()
         step = trainer.settled.step
+        if request.wish == Wish.FAIL and not step:
+            return
+        self._use_own_stream()
         if trainer.persistence.ensure_saved(trainer.settled, trainer.parts, trainer.identity):
             self.finished = step == trainer.job.training.steps
         if request.wish == Wish.SAVE:
@@ -83,23 +88,30 @@ class Stop:
                     trainer.report()
             finally:
                 trainer.reporting.release()
-        if not self.finished:
+        failed = request.wish == Wish.FAIL
+        if failed or not self.finished:
             trainer.sinks.note({"event": "stopped", "step": step, "reason": request.reason})
         trainer.sinks.close()
+        if failed:
+            if step:
+                logger.info("step %d is saved; once the data are mended, the same command goes on from there", step)
+            return ExitCode.INPUT
         if self.finished:
             return ExitCode.DONE
         logger.info("%s: stopped after step %d; the same command goes on from there", request.reason, step)
         return ExitCode.STOPPED
 
     def leave(self, code: int) -> NoReturn:
-        """End this process. A launcher that knows of us is told the code; torchrun alone must take 75 for success."""
+        """End this process. A launcher that knows of us is told the code; torchrun alone must take 75 for success, and
+        so it must 2, on the ranks whose data did not fail."""
         flushing = threading.Thread(target=_flush, daemon=True)  # the training thread may hold their locks
         flushing.start()
         flushing.join(FLUSH_SECONDS)
         if folder := RunFolder.of_worker(self.environ):
             folder.leave_code(self.trainer.world.local_rank, code)
             os._exit(0)
-        os._exit(0 if code == ExitCode.STOPPED and "TORCHELASTIC_RUN_ID" in self.environ else code)
+        told = code in (ExitCode.STOPPED, ExitCode.INPUT)  # 2: by the rank whose data failed
+        os._exit(0 if told and "TORCHELASTIC_RUN_ID" in self.environ else code)
 
     def _use_own_stream(self) -> None:
         """Copy from the device as soon as the settled step is there, not after what training has put there since."""

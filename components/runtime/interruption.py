@@ -6,6 +6,9 @@ collective that never ends. It asks all ranks (`requests`). The keeper takes the
 on all ranks at the same section, saves from there, and then opens the gate or ends the process. The training thread is
 not asked; at a stop it may as well be stuck, or fail when its peers have gone, which is then nobody's news.
 
+Data that fail in training (a DataError) are met in the same way: one rank learns of it, the others wait for that one in
+their next collective. Its training thread then asks for a stop, and ends with its error once all ranks have saved.
+
 The price is that the state must be still wherever the gate may close, and a process that ends without Python's
 finalization. Rejected: an exception in the main thread, which cannot be raised in C code; a flag that is looked at once
 a step; and to fork a process that saves, which can neither use CUDA nor gloo.
@@ -27,13 +30,15 @@ import torch
 import torch.distributed as dist
 
 from components.runtime.distributed import all_reduce_max
-from components.runtime.errors import EspalierError, ExitCode
+from components.runtime.errors import DataError, EspalierError, ExitCode
 from components.runtime.gate import Gate
 from components.runtime.logging import logger
 from components.runtime.requests import OwnRequests, Request, Requests, SharedRequests, Wish
 from components.runtime.witness import running
 
 SIGNALS = {signal.SIGTERM: Wish.STOP, signal.SIGINT: Wish.STOP, signal.SIGUSR1: Wish.SAVE}
+ENDING = {Wish.STOP: ExitCode.STOPPED, Wish.FAIL: ExitCode.INPUT}
+"""Wishes after which the job ends, and with which code."""
 ECHO_SECONDS = 3.0
 """A second signal within that time is the first one's echo: a launcher passes on what the terminal sent to all."""
 STAGES = ("has not heard of it", "waits for its training thread", "is saving", "is ending")
@@ -77,6 +82,7 @@ class Interruption:
         self._state = _State()
         self._wake, self._woken = socket.socketpair()
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._listen, self._keep)]
+        self._code: int = ExitCode.STOPPED
         self._previous: dict[int, Any] = {}
         self._previous_fd = -1
 
@@ -89,8 +95,8 @@ class Interruption:
         self._start()
         try:
             yield self._over
-        except BaseException:
-            self._failed()
+        except BaseException as error:
+            self._failed(error)
             raise
         finally:
             self._close()
@@ -111,9 +117,15 @@ class Interruption:
         self._state.wait_for(lambda: self._state.over or self._state.stopping)
         self._park()
 
-    def _failed(self) -> None:
-        """The training thread has failed; what is under way still gets its time."""
+    def _failed(self, error: BaseException) -> None:
+        """The training thread has failed; what is under way still gets its time. After failed data all ranks save."""
         self._gate.end()
+        if isinstance(error, DataError):
+            self._state.set(failing=True)
+            self._wanted(Request(Wish.FAIL, _line(error)), error.exit_code)
+            self._nudge()
+            self._state.wait_for(lambda: self._state.over)
+            return
         self._state.wait_for(lambda: not self._state.busy or self._state.stopping, self._grace)
         self._park()
         if self._group is None:
@@ -180,7 +192,7 @@ class Interruption:
 
     def _wanted(self, request: Request, code: int = ExitCode.FAILED) -> None:
         """Ask all ranks for it. Without a store there are no others any more: a stop then ends at once."""
-        state, stop = self._state, request.wish == Wish.STOP
+        state, stop = self._state, request.wish in ENDING
         if state.stopping or state.over:
             return
         state.set(busy=True, stopping=stop)
@@ -192,7 +204,7 @@ class Interruption:
         except (dist.DistError, RuntimeError) as error:
             _say(logging.ERROR, "%s: other ranks cannot be told, nothing is saved: %s", request.reason, _line(error))
             if stop:
-                self._leave(code)
+                self._quit(code)
             state.set(busy=False)
 
     def _ask(self, request: Request) -> Wish:
@@ -220,9 +232,10 @@ class Interruption:
 
     def _meet(self, request: Request) -> None:
         """Save, and for a stop end the process: with what `Actions.end` says, or with 1 if nothing could be saved."""
-        stop = request.wish == Wish.STOP
+        stop = request.wish in ENDING
         self._state.set(busy=True, stopping=stop)
         if stop:
+            self._code = ENDING[request.wish]
             self._begin_stop(request)
         try:
             self._save(request)
@@ -230,9 +243,11 @@ class Interruption:
             what = str(error) if isinstance(error, EspalierError) else f"{type(error).__name__}: {_line(error)}"
             _say(logging.ERROR, "%s: nothing is saved: %s", request.reason, what)
             if stop:
-                self._leave(ExitCode.FAILED)
+                self._quit(ExitCode.FAILED)
+                return
         if stop:
             self._end(request)
+            return
         self._gate.open()
 
     def _begin_stop(self, request: Request) -> None:
@@ -249,8 +264,8 @@ class Interruption:
         self._actions.save(request)
         self._reached(3)
 
-    def _end(self, request: Request) -> NoReturn:
-        code: int = ExitCode.STOPPED
+    def _end(self, request: Request) -> None:
+        code = self._code
         try:
             code = self._actions.end(request)
             if witness := running():
@@ -258,7 +273,9 @@ class Interruption:
             self._agree(0)  # none leaves before all have saved: a launcher may end the others then
         except Exception as error:  # the checkpoint is there, which is what counts
             _say(logging.WARNING, "%s: %s", request.reason, _line(error))
-        self._leave(code)
+        if request.wish == Wish.STOP:
+            self._leave(code)
+        self._quit(code)
 
     def _agree(self, number: int) -> int:
         """The largest number of all ranks."""
@@ -268,16 +285,17 @@ class Interruption:
         self._state.stage = stage
         self._requests.reached(self._state.number, stage)
 
-    def _late(self) -> NoReturn:
+    def _late(self) -> None:
         """The grace is over. What was saved by then is saved."""
         if self._state.stage == len(STAGES) - 1:
-            self._leave(ExitCode.STOPPED)
+            self._quit(self._code)
+            return
         own = STAGES[self._state.stage]
         where = f", {self._actions.place()}" if self._state.stage == 1 else ""
         _say(logging.ERROR, "not saved within checkpoint.grace_seconds = %g: this rank %s%s", self._grace, own, where)
         if self._rank == 0:
             self._tell_of_others()
-        self._leave(ExitCode.FAILED)
+        self._quit(ExitCode.FAILED)
 
     def _tell_of_others(self) -> None:
         try:
@@ -289,6 +307,12 @@ class Interruption:
         if behind:
             more = [f"and {len(behind) - LISTED} more"] if len(behind) > LISTED else []
             _say(logging.ERROR, "the last are: %s", ", ".join([*behind[:LISTED], *more]))
+
+    def _quit(self, code: int) -> None:
+        """End the process, or where the training thread has failed let that end it with its error."""
+        if not self._state.failing:
+            self._leave(code)
+        self._state.end()
 
     def _leave(self, code: int) -> NoReturn:
         """End the process; its children first, since nobody will be there to do it."""
@@ -311,6 +335,8 @@ class _State:
     """… and it is a stop, so that the process will end."""
     over: bool = False
     """No request is met any more."""
+    failing: bool = False
+    """This rank's training thread has an error to end with, and waits for the others' save."""
     closed: bool = False
     """Signals are no longer listened to."""
     signalled: float | None = None
@@ -320,13 +346,19 @@ class _State:
     changed: threading.Condition = field(default_factory=threading.Condition)
 
     def set(
-        self, *, busy: bool | None = None, stopping: bool = False, over: bool = False, closed: bool = False
+        self,
+        *,
+        busy: bool | None = None,
+        stopping: bool = False,
+        over: bool = False,
+        failing: bool = False,
+        closed: bool = False,
     ) -> None:
         """Change what is said; only `busy` is taken back here."""
         with self.changed:
             self.busy = self.busy if busy is None else busy
             self.stopping, self.over = self.stopping or stopping, self.over or over
-            self.closed = self.closed or closed
+            self.failing, self.closed = self.failing or failing, self.closed or closed
             self.changed.notify_all()
 
     def end(self) -> None:

@@ -25,6 +25,8 @@ class Wish(StrEnum):
     """Save a checkpoint and go on."""
     STOP = "stop"
     """Save a checkpoint and end."""
+    FAIL = "fail"
+    """Save a checkpoint and end, since a rank cannot go on; that one ends with an error of its own."""
     DONE = "done"
     """Nothing any more: training is over."""
 
@@ -38,7 +40,7 @@ class Request:
 
     def met_by(self, other: "Request") -> bool:
         """Whether nothing is left to ask for once the other one is met."""
-        return other.wish in (self.wish, Wish.STOP, Wish.DONE)
+        return other.wish in (self.wish, Wish.STOP, Wish.FAIL, Wish.DONE)
 
 
 class Requests(Protocol):

@@ -45,7 +45,15 @@ class Looped(AsyncFileSystem):
         await asyncio.sleep(0)
         return Path(path).read_bytes()[start:end]
 
-    def _open(self, path: str, mode: str = "rb", **more: Any) -> "LoopedFile":
+    def _open(
+        self,
+        path: str,
+        mode: str = "rb",
+        block_size: Any = None,
+        autocommit: Any = True,
+        cache_options: Any = None,
+        **more: Any,
+    ) -> "LoopedFile":
         return LoopedFile(self, path, mode, block_size=100)
 
 

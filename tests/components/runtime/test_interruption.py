@@ -9,11 +9,12 @@ from typing import NoReturn
 import pytest
 import torch.distributed as dist
 
+from components.runtime.errors import CheckpointError, DataError
 from components.runtime.gate import Gate
 from components.runtime.interruption import Actions, Interruption
 from components.runtime.requests import OwnRequests, Request, SharedRequests, Wish
 
-SAVE, STOP, DONE = (Request(wish, f"because of {wish}") for wish in (Wish.SAVE, Wish.STOP, Wish.DONE))
+SAVE, STOP, FAIL, DONE = (Request(wish, f"because of {wish}") for wish in (Wish.SAVE, Wish.STOP, Wish.FAIL, Wish.DONE))
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -34,7 +35,17 @@ def test_ranks_that_lag_are_known() -> None:
     assert ranks[1].stages(7) == [2, 0, 1]
 
 
-@pytest.mark.parametrize(("asked", "there", "met"), [(SAVE, STOP, True), (STOP, SAVE, False), (DONE, SAVE, False)])
+@pytest.mark.parametrize(
+    ("asked", "there", "met"),
+    [
+        (SAVE, STOP, True),
+        (STOP, SAVE, False),
+        (DONE, SAVE, False),
+        (FAIL, SAVE, False),
+        (FAIL, STOP, True),
+        (STOP, FAIL, True),
+    ],
+)
 def test_a_stop_saves_too(asked: Request, there: Request, met: bool) -> None:
     assert asked.met_by(there) == met
 
@@ -68,6 +79,23 @@ def test_a_save_comes_while_the_main_thread_waits_and_errors_pass_after_it() -> 
     with pytest.raises(ValueError, match="mine"), interruption(saved).around():
         fail()
     assert saved == ["SIGUSR1"]
+
+
+def test_failed_data_are_saved_before_their_error_ends_the_training() -> None:
+    saved: list[str] = []
+    with pytest.raises(DataError, match=r"^gone: all of it\nmend it$"), interruption(saved).around():
+        raise DataError("gone: all of it\nmend it")
+    assert saved == ["gone: all of it"]
+
+
+def test_failed_data_of_which_nothing_can_be_saved() -> None:
+    def fails(request: Request) -> None:
+        raise CheckpointError("no space left")
+
+    actions = Actions(fails, lambda request: 2, leave, lambda: "nowhere")
+    watched = Interruption(Gate(), None, actions, grace=10, ends_at=None)
+    with pytest.raises(DataError, match=r"^gone$"), watched.around():
+        raise DataError("gone")
 
 
 def test_what_comes_after_the_end_is_ignored() -> None:
