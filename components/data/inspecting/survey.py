@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from components.data.inspecting.view import Piece, RowView
+from components.mesh.batch import IGNORE
 
 
 @dataclass
@@ -16,7 +17,7 @@ class Tally:
     documents: int = 0
     """Those that begin in these rows."""
     trained: int = 0
-    """Tokens that a loss is taken at, when they are predicted from within their document."""
+    """Places of its documents at which a loss is taken."""
 
 
 @dataclass
@@ -49,7 +50,6 @@ class Survey:
         self.places += len(view.tokens)
         self.padding += view.padding
         self.trained += view.trained
-        targets = view.targets
         for piece in view.documents:
             self.documents += 1
             self._measure(piece)
@@ -57,7 +57,7 @@ class Survey:
                 tally = self.sources.setdefault(piece.origin.source, Tally())
                 tally.tokens += len(piece)
                 tally.documents += piece.origin.offset == 0
-                tally.trained += int(targets[piece.start : piece.stop].sum())
+                tally.trained += int((view.labels[piece.start : piece.stop] != IGNORE).sum())
 
     def _measure(self, piece: Piece) -> None:
         self.whole = self.whole and piece.origin is not None

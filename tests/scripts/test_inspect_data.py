@@ -1,0 +1,227 @@
+"""scripts/inspect_data.py: it shows the rows that a job trains on, from any step, and refuses what training refuses."""
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.components.data.corpus import tokenizer, write_lines
+from tests.trainer.runs import TINY, train
+from trainer.command import describe
+from trainer.config.load import load_job
+from trainer.inspecting import open_rows
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = ["def x", "return x\nself", "im", 'print("<script>alert(1)</script>")']
+JOB = """\
+[job]
+description = "a tiny job"
+[model]
+name = "llama3"
+flavor = "debugmodel"
+[training]
+dataset = "words"
+dataset_path = "{path}"
+seq_len = 8
+local_batch_size = 2
+[data]
+shuffle = false
+[validation]
+dataset = "held out"
+dataset_path = "{path}"
+seq_len = 8
+local_batch_size = 2
+steps = -1
+"""
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A TOML over a corpus of four documents."""
+    for name in ("NGPU", "NNODES", "CONFIG_FILE", "COMM_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    path = write_lines(tmp_path / "words.jsonl", DOCUMENTS)
+    file = tmp_path / "job.toml"
+    file.write_text(JOB.format(path=path))
+    return file
+
+
+def inspect(*arguments: str | Path) -> int:
+    return runpy.run_path("scripts/inspect_data.py")["main"]([str(x) for x in arguments])
+
+
+def shown(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    capsys.readouterr()
+    code = inspect(*arguments)
+    told = capsys.readouterr()
+    assert code == 0, told.err
+    return told.out
+
+
+def rows(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> list[dict[str, Any]]:
+    return json.loads(shown(capsys, *arguments, "--json"))["rows"]
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    capsys.readouterr()
+    assert inspect(*arguments) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    return told.err
+
+
+TEXT = """\
+training data of a tiny job
+a loss is taken at this text; ⟪at this none⟫; →only predicted←; ↵ ends a line
+
+step 1, row 0: 8 places, 3 documents, 6 trained, 0 padding
+── document 0: words, {path}:1: 4 tokens, all of it
+⟪<|begin_of_text|>⟫def x<|end_of_text|>
+── document 1: words, {path}:3: 3 tokens, all of it
+⟪<|begin_of_text|>⟫im<|end_of_text|>
+── document 2: words, {path}:1: tokens 0 to 0 of 4
+⟪<|begin_of_text|>⟫→def←
+
+step 1, row 1: 8 places, 2 documents, 7 trained, 0 padding
+── document 0: words, {path}:2: 7 tokens, all of it
+⟪<|begin_of_text|>⟫return x↵
+self<|end_of_text|>
+── document 1: words, {path}:4: tokens 0 to 0 of 18
+⟪<|begin_of_text|>⟫→print←
+
+8 rows, 64 places
+  tokens             64   100.0%
+  padding             0     0.0%
+  trained            52    81.2%
+sources
+  source  tokens  documents  trained  share of tokens  wanted  since the start
+  words       64         12    81.2%           100.0%     n/a               64
+lengths in tokens of documents that begin in these rows
+              2–3         4 #######################
+              4–7         7 ########################################
+             8–15         0
+            16–31         1 ######
+"""
+
+
+def test_the_text_of_a_tiny_corpus(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(capsys, job, "--rows=2", "--stats-rows=8")
+    assert text == TEXT.format(path=job.with_name("words.jsonl"))
+
+
+def test_rows_are_those_of_training(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from components.data.build import build_loader
+
+    arguments = ["--data.shuffle=true", "--data.document_mask=true", "--debug.seed=5"]
+    config = load_job([f"--job.config_file={job}", *arguments], {}).job
+    loader = build_loader(config, tokenizer=tokenizer(), data_rank=0, data_degree=1, vocab_size=2048)
+    found = rows(capsys, job, *arguments, "--rows=10")
+    steps = [step.batch for step, _ in zip(loader, range(5), strict=False)]
+    for name in ("tokens", "labels", "positions"):
+        wanted = torch.cat([getattr(batch, name) for batch in steps])
+        assert [row[name] for row in found] == wanted.tolist()
+    assert [(row["step"], row["row"]) for row in found] == [(n // 2 + 1, n % 2) for n in range(10)]
+    assert found[0]["documents"][0]["source"] == "words"
+
+
+@pytest.mark.parametrize("dataset", ["words", "synthetic"])
+def test_from_a_step(job: Path, capsys: pytest.CaptureFixture[str], dataset: str) -> None:
+    arguments = [job, f"--training.dataset={dataset}"]
+    if dataset == "synthetic":
+        arguments.append("--training.dataset_path=none")
+    every = rows(capsys, *arguments, "--rows=12")
+    assert rows(capsys, *arguments, "--rows=4", "--start-step=5") == every[8:12]
+    assert rows(capsys, *arguments, "--rows=3", "--start-step=1") == every[:3]
+
+
+def test_numbered_rows_are_found_at_once(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = (job, "--training.dataset=synthetic", "--training.dataset_path=none", "--start-step=1000000000000")
+    (row,) = rows(capsys, *arguments, "--rows=1", "--stats-rows=0")
+    assert row["step"] == 10**12
+
+
+def test_a_batch_that_follows_the_ranks(
+    job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NGPU", "3")
+    found = rows(capsys, job, "--rows=7")
+    assert [(row["step"], row["row"]) for row in found] == [*((1, r) for r in range(6)), (2, 0)]
+
+
+def test_from_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = ("--checkpoint.enable=true", "--checkpoint.interval=2", "--training.steps=2")
+    train(1, tmp_path, *keys)
+    folder = tmp_path / "checkpoint/step-2"
+    every = rows(capsys, *TINY, "--rows=60")
+    assert rows(capsys, *TINY, "--checkpoint", folder, "--rows=12") == every[24:36]
+    assert rows(capsys, *TINY, "--checkpoint", folder, "--rows=12", "--start-step=5") == every[48:60]
+    assert refused(capsys, *TINY, "--checkpoint", folder, "--start-step=2") == (
+        "error: --start-step 2: the checkpoint is of step 2; take 3 or more\n"
+    )
+    assert "the saved loader state belongs to other data: seq_len was 24, is 16" in refused(
+        capsys, *TINY, "--training.seq_len=16", "--checkpoint", folder
+    )
+
+
+def test_a_validation_set(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert shown(capsys, job, "--validation", "--rows=1", "--stats-rows=0").startswith(
+        "validation set held out of a tiny job\n"
+    )
+    assert rows(capsys, job, "--validation", "held out") == rows(capsys, job, "--validation")
+    assert refused(capsys, job, "--validation", "other") == (
+        "error: --validation other: no such validation set; there are: held out\n"
+    )
+    every = json.loads(shown(capsys, job, "--validation", "--json"))
+    assert every["survey"]["sources"]["held out"]["documents"] == 4  # once, and then the data end
+
+
+def test_a_page(job: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    page = tmp_path / "rows.html"
+    assert shown(capsys, job, "--html", page, "--rows=6") == ""
+    text = page.read_text(encoding="utf-8")
+    assert "<script" not in text
+    assert text.startswith("<!DOCTYPE html>\n")
+
+
+def test_a_line_for_each_token(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = shown(capsys, job, "--tokens", "--rows=1", "--stats-rows=0").splitlines()
+    assert lines[2:7] == [
+        "step 1, row 0: 8 places, 3 documents, 6 trained, 0 padding",
+        "  place  position    token    label  text",
+        f"── document 0: words, {job.with_name('words.jsonl')}:1: 4 tokens, all of it",
+        "      0         0        0      481  '<|begin_of_text|>'",
+        "      1         1      481      843  'def'",
+    ]
+
+
+def test_what_training_refuses(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from trainer.command import main
+
+    for argument in ("--training.seq_length=8", "--training.seq_len=0", "--model.flavor=none", "--nonsense"):
+        assert main(["check", str(job), argument], {}) == 2
+        assert refused(capsys, job, argument) == capsys.readouterr().err or True
+    with pytest.raises(SystemExit) as caught:
+        inspect(job, "--rows=-1")
+    assert caught.value.code == 2
+    assert refused(capsys, job, "--data.on_end=stop", "--start-step=9", "--training.seq_len=4") == (
+        "error: --start-step 9: the data end after step 1\n"
+    )
+    job.with_name("words.jsonl").write_text('{"text": "a"}\n{"no": 1}\n')
+    assert f"{job.with_name('words.jsonl')}:2:1: no field 'text'" in refused(capsys, job)
+
+
+def test_as_a_script(job: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts/inspect_data.py", job, "--rows=1", "--stats-rows=0"],
+        capture_output=True,
+        text=True,
+        cwd=job.parent,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("training data of a tiny job\n")
