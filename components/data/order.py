@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from components.data.documents import RandomAccess, Read, Sequential, place_of
+from components.data.documents import RandomAccess, Read, Sequential, check_unchanged, place_of
 from components.runtime.errors import DataError
 
 ORDER, SYNTHETIC, FIM = 0, 1, 2  # last counter word of Philox: what the numbers are drawn for
@@ -124,6 +124,7 @@ class RandomDeal:
         if epoch not in self._orders:
             for old in sorted(self._orders)[:-1]:  # streams are seldom more than one epoch apart
                 del self._orders[old]
+            check_unchanged(self._source)
             self._orders[epoch] = permutation(self._seed, epoch, 0, len(self._source))
         return self._orders[epoch]
 
