@@ -10,7 +10,6 @@ What is drawn for a document is a pure function of the job's seed, its source's 
 resume changes it, and in another epoch it is cut elsewhere.
 """
 
-import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ import numpy as np
 
 from components.data.documents import Record
 from components.data.encoding import Encoded, Seat, TextEncoder, Where, encode_text, text_in
-from components.data.order import FIM, raw_bits
+from components.data.order import FIM, named_seed, raw_bits
 from components.data.tokenizer import Tokenizer
 from components.runtime.errors import ConfigError
 
@@ -68,7 +67,7 @@ class FimEncoder(TextEncoder):
     ) -> None:
         super().__init__(tokenizer, field, add_bos=add_bos, add_eos=add_eos)
         self._marks, self._rate, self._spm_rate = marks, rate, spm_rate
-        self._seed = int.from_bytes(hashlib.sha256(f"{seed} {source}".encode()).digest()[:8], "little")
+        self._seed = named_seed(seed, source)
         fim = {"tokens": list(marks), "rate": rate, "spm_rate": spm_rate, "seed": seed, "source": source}
         self.fingerprint = self.fingerprint | {"fim": fim}
 

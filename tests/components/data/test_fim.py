@@ -64,17 +64,17 @@ def parts(tokens: list[int]) -> tuple[str, list[int], list[int]]:
 
 
 def test_what_a_fixed_seed_gives() -> None:
-    text, fim = "def f(x):\n    return x + 1\n\nprint(f(2))\n", encoder(0.75, seed=3)
+    text, fim = "def f(x):\n    return x + 1\n\nprint(f(2))\n", encoder(0.75, seed=1)
     assert [tokenizer(*STARCODER).decode(ids(fim, text, position)[1:-1]) for position in range(6)] == [
-        "<fim_prefix><fim_suffix> x + 1\n\nprint(f(2))\n<fim_middle>def f(x):\n    return",
-        "<fim_prefix>def f(x):\n    return x + 1\n\np<fim_suffix>int(f(2))\n<fim_middle>r",
-        "<fim_prefix>def f<fim_suffix>\n\nprint(f(2))\n<fim_middle>(x):\n    return x + 1",
+        "<fim_prefix>def f(x):\n    return <fim_suffix><fim_middle>x + 1\n\nprint(f(2))\n",
+        "<fim_prefix>def f(x):\n    return<fim_suffix>\n<fim_middle> x + 1\n\nprint(f(2))",
+        "<fim_prefix>def f(x):\n <fim_suffix>f(2))\n<fim_middle>   return x + 1\n\nprint(",
+        "<fim_prefix><fim_suffix>\n<fim_middle>def f(x):\n    return x + 1\n\nprint(f(2))",
         "def f(x):\n    return x + 1\n\nprint(f(2))\n",
-        "<fim_prefix><fim_suffix>nt(f(2))\n<fim_middle>def f(x):\n    return x + 1\n\npri",
-        "<fim_prefix>def<fim_suffix>x + 1\n\nprint(f(2))\n<fim_middle> f(x):\n    return ",
+        "def f(x):\n    return x + 1\n\nprint(f(2))\n",
     ]
-    assert ids(encoder(), "return x", 1) == [0, 2048, 2049, 2050, 266, 325, 843, 1]
-    assert ids(encoder(), "return x", 2) == [0, 2048, 266, 324, 2049, 89, 2050, 79, 222, 1]
+    assert ids(encoder(), "return x", 1) == [0, 2048, 2049, 843, 2050, 266, 325, 1]
+    assert ids(encoder(), "return x", 2) == [0, 2048, 266, 85, 2049, 843, 2050, 297, 79, 1]
     assert fim.encode(text, place, Seat(0, 0)).targets is None
 
 
