@@ -5,12 +5,14 @@ a line's end (HellaSwag: a space), the answer, end token. The loss is on the ans
 tokenizer will do; but whoever serves the model must then write prompts in the same layout.
 """
 
+from itertools import chain
 from typing import Any, Protocol
 
 import numpy as np
 
+from components.config.data import Source
 from components.data.chat.encoder import ChatEncoder, TrainOn
-from components.data.chat.formats import Format, Turn
+from components.data.chat.formats import Columns, Format, HellaSwag, Instruction, Squad, Turn
 from components.data.chat.messages import Chat, bad
 from components.data.chat.template import ChatTemplate
 from components.data.chat.tokens import ChatTokens
@@ -106,6 +108,27 @@ class InstructionEncoder:
             raise bad(where, "the answer is empty, so there is nothing to learn")
         encoded = self._layout.encode(turn, self._form.between, where)
         return Encoded(encoded.tokens, None) if self._all else encoded
+
+
+def build_instruction_encoder(
+    source: Source, tokenizer: Tokenizer, template: ChatTemplate | None, *, add_bos: bool = True
+) -> InstructionEncoder:
+    """The encoder of a source of kind instruction, squad or hellaswag. Raises ConfigError and DataError."""
+    form: Format
+    match source.kind:
+        case "squad":
+            form = Squad(source.system)
+        case "hellaswag":
+            form = HellaSwag(source.system)
+        case _:
+            form = Instruction(source.prompt or "", source.answer or "", source.system)
+    return InstructionEncoder(tokenizer, template, form, train_on=source.train_on, add_bos=add_bos)
+
+
+def columns_of(*texts: str | None) -> list[str]:
+    """The columns that texts name, each once. Raises ConfigError."""
+    named = (Columns(x, "prompt, answer or system").names for x in texts if x is not None)
+    return list(dict.fromkeys(chain.from_iterable(named)))
 
 
 def chat_of(turn: Turn) -> Chat:

@@ -2,6 +2,8 @@
 
 import json
 import pickle
+from functools import cache
+from random import Random
 from typing import Any
 
 import pytest
@@ -36,9 +38,14 @@ from tests.components.data.chats import (
 SEAT = Seat(0, 0)
 
 
+@cache
+def encoder(name: str, **settings: Any) -> ChatEncoder:
+    return ChatEncoder(tokenizer(), template(name), **settings)
+
+
 def encode(name: str, *messages: Message, tools: list[Any] | None = None, **settings: Any) -> Encoded:
     record = {"messages": list(messages), "tools": tools}
-    return ChatEncoder(tokenizer(), template(name), **settings).encode(record, where, SEAT)
+    return encoder(name, **settings).encode(record, where, SEAT)
 
 
 def control(name: str) -> int:
@@ -176,7 +183,7 @@ def test_control_tokens_in_messages_are_ordinary_text() -> None:
         assert said[1] == ("<think>\n\n</think>\n\n" if name == "qwen3" else "") + attack + "<|im_end|>"
         plain = t.encode(attack)
         assert encoded.tokens.tolist()[-len(plain) - 2 : -1] == [*plain, control("<|im_end|>")]
-        whole = ChatEncoder(t, template(name)).render(chat(*messages), where)
+        whole = encoder(name).render(chat(*messages), where)
         assert whole == template(name).render(chat(*messages), where).text
 
 
@@ -243,9 +250,9 @@ def test_a_header_is_not_taken_for_an_end() -> None:
 
 
 def test_templates_that_say_no_end() -> None:
-    encoder = ChatEncoder(tokenizer(), one("{% for m in messages %}### {{ m.role }}: {{ m.content }}\n{% endfor %}"))
+    made = ChatEncoder(tokenizer(), one("{% for m in messages %}### {{ m.role }}: {{ m.content }}\n{% endfor %}"))
     with pytest.raises(DataError) as error:
-        encoder.encode({"messages": [ASK, SAY]}, where, SEAT)
+        made.encode({"messages": [ASK, SAY]}, where, SEAT)
     assert not isinstance(error.value, BadRecord)
     assert str(error.value) == (
         "t.jinja: the chat template puts no special token after what the assistant says, so that a model would not"
@@ -263,11 +270,11 @@ def test_a_space_before_the_first_piece_only() -> None:
     coder = Tokenizer(backend.to_str(), "<s>", "</s>")
     source = "{% for m in messages %}{{ m.role + ': ' + m.content + '</s>' }}{% endfor %}"
     asking = "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
-    encoder = ChatEncoder(coder, one(source + asking))
-    encoded = encoder.encode({"messages": [ASK, SAY]}, where, SEAT)
+    made = ChatEncoder(coder, one(source + asking))
+    encoded = made.encode({"messages": [ASK, SAY]}, where, SEAT)
     assert encoded.tokens.tolist() == backend.encode("user: Hi?</s>assistant: Yes, Ann.</s>").ids
     assert learnt(encoded, coder) == ["Yes, Ann.</s>"]
-    spelled = encoder.encode({"messages": [{**ASK, "content": "Hi</s>?"}, SAY]}, where, SEAT)
+    spelled = made.encode({"messages": [{**ASK, "content": "Hi</s>?"}, SAY]}, where, SEAT)
     assert (spelled.tokens == coder.eos_id).sum() == 2
     assert learnt(spelled, coder) == ["Yes, Ann.</s>"]
 
@@ -280,14 +287,14 @@ def test_a_token_that_straddles_a_border_belongs_to_the_answer() -> None:
 
 
 def test_a_copy_is_the_same() -> None:
-    encoder = ChatEncoder(tokenizer(), template("qwen3"), train_on="last")
-    copy = pickle.loads(pickle.dumps(encoder))
-    assert copy.fingerprint == encoder.fingerprint == json.loads(json.dumps(encoder.fingerprint))
-    for made in (encoder, copy):
+    last = encoder("qwen3", train_on="last")
+    copy = pickle.loads(pickle.dumps(last))
+    assert copy.fingerprint == last.fingerprint == json.loads(json.dumps(last.fingerprint))
+    for made in (last, copy):
         assert learnt(made.encode({"messages": [ASK, SAY]}, where, SEAT)) == [
             "<think>\n\n</think>\n\nYes, Ann.<|im_end|>"
         ]
-    assert ChatEncoder(tokenizer(), template("qwen3")).fingerprint != encoder.fingerprint
+    assert encoder("qwen3").fingerprint != last.fingerprint
 
 
 def test_a_tokenizer_with_gaps() -> None:
@@ -300,3 +307,36 @@ def test_many_turns() -> None:
     talk = [SYSTEM, *[ASK, SAY] * 20]
     assert learnt(encode("qwen2_5", *talk)) == ["Yes, Ann.<|im_end|>"] * 20
     assert Chat(talk).turns == list(range(2, 42, 2))
+
+
+MARKED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{% if m.role == 'assistant' %}{% generation %}"
+    "{{ BODY + '<|im_end|>' }}{% endgeneration %}{% else %}{{ BODY + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+PIECES = (
+    *("<|im_end|>", "<|im_start|>", "<|im_start|>assistant\n", "<|eot_id|>", "<think>", "</think>", "assistant\n"),
+    *("\n", "\n\n", " ", "\t", "a", "Hi", "word", "<", "|", "é", "€", "😀", "{{", "}}", "user"),
+)
+
+
+@pytest.mark.parametrize("body", ["m.content", "(m.content | trim)", "m.content.lstrip('\\n')"])
+def test_what_is_found_is_what_marks_say(body: str) -> None:
+    """Chats that spell control tokens and headers, with odd spaces: the same with marks and without."""
+    source = MARKED.replace("BODY", body)
+    plain = source.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    marked, found = (ChatEncoder(tokenizer(), one(x)) for x in (source, plain))
+    rng = Random(body)
+    for _ in range(60):
+        messages: list[Message] = [SYSTEM] if rng.random() < 0.3 else []
+        for _ in range(rng.randint(1, 4)):
+            asked, said = ("".join(rng.choices(PIECES, k=rng.randint(1, 6))) for _ in range(2))
+            messages.append({"role": "user", "content": asked})
+            messages.append({"role": "assistant", "content": said if said.strip() else "x"})
+        conversation = chat(*messages)
+        turns = rng.sample(conversation.turns, rng.randint(1, len(conversation.turns)))
+        one_way, other = (x.encode_chat(conversation, sorted(turns), where) for x in (marked, found))
+        assert one_way.tokens.tolist() == other.tokens.tolist()
+        assert one_way.targets is not None
+        assert other.targets is not None
+        assert one_way.targets.tolist() == other.targets.tolist()

@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,12 @@ class Noon(datetime):
         return TODAY
 
 
+@cache
+def encoder(name: str) -> ChatEncoder:
+    return ChatEncoder(tokenizer(), template(name))
+
+
+@cache
 def theirs(name: str) -> PreTrainedTokenizerFast:
     source = (TEMPLATES / f"{name}.jinja").read_text()
     tokens = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
@@ -74,7 +81,7 @@ def test_text_and_ids_are_those_of_transformers(
         text = reference.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=asking)
         assert ours.render(mine, where, prompt=asking).text == text
     ids: Any = reference.apply_chat_template(messages, tools=tools)
-    encoded = ChatEncoder(tokenizer(), ours).encode_chat(mine, mine.turns, where)
+    encoded = encoder(name).encode_chat(mine, mine.turns, where)
     assert encoded.tokens.tolist() == ids["input_ids"]
 
 

@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from components.config.data import Source
 from components.data.chat.formats import Format, HellaSwag, Instruction, Squad, Turn
 from components.data.documents import BadRecord
 from components.data.encoding import Seat
-from components.data.instruction import InstructionEncoder
+from components.data.instruction import InstructionEncoder, build_instruction_encoder, columns_of
 from components.data.tokenizer import Tokenizer
 from components.runtime.errors import ConfigError, DataError
 from tests.components.data.chats import backend, template, tokenizer, where
@@ -140,6 +141,23 @@ def test_nothing_to_learn() -> None:
         "the tokenizer has neither a chat template nor an end token, so that a model would not learn to stop;"
         " name an eos_token in tokenizer_config.json, or give the source's chat_template"
     )
+
+
+def test_built_from_a_source() -> None:
+    def fingerprint(**keys: Any) -> dict[str, Any]:
+        return build_instruction_encoder(Source(**keys), tokenizer(), None).fingerprint
+
+    def expected(form: Format) -> dict[str, Any]:
+        return InstructionEncoder(tokenizer(), None, form).fingerprint
+
+    assert fingerprint(kind="squad", system="S") == expected(Squad("S"))
+    assert fingerprint(kind="hellaswag") == expected(HellaSwag())
+    keys = {"prompt": "{q}", "answer": "{a}", "system": "S"}
+    assert fingerprint(kind="instruction", **keys) == expected(Instruction("{q}", "{a}", "S"))
+    assert fingerprint(kind="squad", train_on="all")["train_on"] == "all"
+    encoder = build_instruction_encoder(Source(kind="squad"), tokenizer(), None, add_bos=False)
+    assert encoder.encode(SQUAD, where, SEAT).tokens[0] != 0
+    assert columns_of("{b}{{x}}", "{a} {b}", None, "text") == ["b", "a"]
 
 
 def test_a_copy_is_the_same() -> None:
