@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
+from components.runtime import distributed
 from components.runtime.errors import UserError
 from components.runtime.logging import logger
 from components.runtime.provenance import git_revision, versions
@@ -78,3 +81,18 @@ def describe_job(trainer: Trainer, notes: list[str]) -> None:
         accumulation,
         job.training.local_batch_size,
     )
+
+
+def tell_skipped(trainer: Trainer) -> None:
+    """Log and note how many records of which source could not be read, if there were any. Collective."""
+    here = trainer.loader.skipped()  # of the same sources on all ranks
+    if not here:
+        return
+    counts = torch.tensor([*here.values()], device=trainer.device)
+    counts = dict(zip(here, distributed.all_reduce_sum(counts, trainer.dims.group("batch")).tolist(), strict=True))
+    if not any(counts.values()):
+        return
+    found = ", ".join(f"{name} {count}" for name, count in counts.items() if count and name)
+    told = f" ({found})" if found else ""
+    logger.info("records that could not be read and were skipped: %d%s", sum(counts.values()), told)
+    trainer.sinks.note({"event": "skipped_records", "step": trainer.progress.step, "sources": counts})

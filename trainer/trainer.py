@@ -48,7 +48,7 @@ from trainer.compare import compare_ranks
 from trainer.config.output import to_toml
 from trainer.parts import Parts, Progress
 from trainer.persistence import Persistence
-from trainer.report import describe_job, save_run
+from trainer.report import describe_job, save_run, tell_skipped
 from trainer.settle import settle, sizes
 from trainer.validator import Validator
 
@@ -446,9 +446,7 @@ class Trainer:
     def close(self) -> None:
         """Flush what is reported, end worker processes and process groups. Collective."""
         self.standing.phase = "end"
-        skipped = torch.tensor(self.loader.report()["skipped_records"], device=self.device)
-        if total := int(distributed.all_reduce_sum(skipped, self.dims.group("batch"))):
-            logger.info("records that could not be read and were skipped: %d", total)
+        tell_skipped(self)
         self.sinks.close()
         self.collector.close()
         if self.validator:

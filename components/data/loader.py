@@ -11,7 +11,8 @@ import signal
 import threading
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
+from copy import deepcopy
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,7 +45,7 @@ class _Block(NamedTuple):
 
     rows: Tensor  # (4, rows, seq) int64: the fields of a Row
     cursors: Tensor  # (rows, width) int64
-    counts: tuple[int, ...]  # of the source's copy so far: the fields of Counts
+    counts: Counts  # of the source's copy so far
     ended: bool  # no row of it holds data
 
 
@@ -62,7 +63,7 @@ class Loader:
         self.global_batch = global_batch
         self._mine = range(data_rank, global_batch, data_degree)
         self._cursors: list[Cursor] | None = None  # None: the start, which takes reading, and a state may replace it
-        self._counts: list[tuple[int, ...]] = []
+        self._counts: list[Counts] = []
         self._persistent: list[Any] = []  # torch's loader and its iterator, which own the worker processes
         weakref.finalize(self, _end, self._persistent)
         self._pin = dataloader.pin_memory and torch.accelerator.is_available()
@@ -90,8 +91,14 @@ class Loader:
         return self._source.ends
 
     def report(self) -> dict[str, int]:
-        """What this rank has done since the iteration began, workers included: the fields of Counts, by name."""
-        return {x.name: sum(part[i] for part in self._counts) for i, x in enumerate(fields(Counts))}
+        """What this rank has done since the iteration began, workers included: `skipped_records`, numbers of Counts."""
+        names = [x.name for x in fields(Counts) if x.name != "skipped"]
+        numbers = {name: sum(getattr(part, name) for part in self._counts) for name in names}
+        return {"skipped_records": sum(self.skipped().values()), **numbers}
+
+    def skipped(self) -> dict[str, int]:
+        """Records of each source that this rank could not read since the iteration began; the sources of all ranks."""
+        return {x: sum(part.skipped.get(x, 0) for part in self._counts) for x in self._source.counts.skipped}
 
     def mixture(self, table: Sequence[Sequence[int]]) -> dict[str, int]:
         """Tokens or documents, whatever weights are shares of, that the job has had of each source, by name.
@@ -271,7 +278,7 @@ def _blocks(source: RowSource, cursors: Mapping[int, Cursor]) -> Iterator[_Block
         source.counts.padding_tokens += padding
         source.counts.row_tokens += padding
         rows = np.stack([np.stack(filler if x is None else x[0]) for x in made], axis=1)  # (4, rows, seq)
-        yield _Block(torch.from_numpy(rows), torch.tensor(last), astuple(source.counts), missing == len(made))
+        yield _Block(torch.from_numpy(rows), torch.tensor(last), deepcopy(source.counts), missing == len(made))
 
 
 class _WorkerRows(IterableDataset[_Block | EspalierError | None]):

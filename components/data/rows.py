@@ -5,7 +5,7 @@ of a few integers. That is all a layout, a worker count or a resume needs to kno
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -32,14 +32,14 @@ class Row(NamedTuple):
 class Counts:
     """What one copy of a source has done so far."""
 
-    skipped_records: int = 0
-    """Records that could not be read."""
     dropped_documents: int = 0
     """Documents that were left out since they are longer than a row."""
     padding_tokens: int = 0
     """Places of rows that no document filled."""
     row_tokens: int = 0
     """Places of rows, filled or not."""
+    skipped: dict[str, int] = field(default_factory=dict)
+    """Records that could not be read, for each source by its name; 0 too."""
 
 
 class RowSource(Protocol):

@@ -47,7 +47,8 @@ class StreamedRows:
         self._begun: list[Cursor] = []
         self.listener: Listener | None = None
         self.ending: Ending = ending
-        self.seq_len, self.streams, self.counts = packing.seq_len, sources[0].deal.streams, Counts()
+        self.seq_len, self.streams = packing.seq_len, sources[0].deal.streams
+        self.counts = Counts(skipped={x.name: 0 for x in sources})
         self.fingerprint = fingerprint
 
     @property
@@ -120,7 +121,7 @@ class StreamedRows:
         except BadRecord as error:
             if not (self._skip_bad or error.harmless):
                 raise
-            self.counts.skipped_records += 1
+            self.counts.skipped[source.name] += 1
             return None
         if found is None:
             self.counts.dropped_documents += 1

@@ -120,7 +120,7 @@ def test_skipping_keeps_the_order_of_the_rest(
     source = streamed(open_files(str(path)), streams=2, seed=None, ending="pad", skip_bad=True)
     (loader,) = loaders(source, 2, 1, workers)
     got = [x for x, _ in run([loader])]
-    assert loader.report()["skipped_records"] == 5
+    assert (loader.report()["skipped_records"], loader.skipped()) == (5, {"": 5})
 
     good = write_lines(tmp_path / "good.jsonl", documents)
     kept = streamed(open_files(str(good)), streams=2, seed=None, ending="pad")
