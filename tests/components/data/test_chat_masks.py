@@ -142,6 +142,23 @@ def test_reasoning_that_later_turns_drop() -> None:
     assert learnt(encode("deepseek", ASK, THOUGHT)) == ["It is so.<｜end▁of▁sentence｜>"]
 
 
+def test_what_the_prompt_gives_is_not_learnt() -> None:
+    thought = (
+        "{% if m.reasoning_content and loop.last %}{{ '<think>\\n' + m.reasoning_content + '</think>' }}{% endif %}"
+    )
+    source = LOOP.replace(
+        "{{ '<|im_start|>' + m.role + '\\n' + BODY", "{{ '<|im_start|>' + m.role + '\\n' }}THOUGHT{{ m.content"
+    )
+    source = source.replace("THOUGHT", thought)
+    asking = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"
+    record = {"messages": [ASK, THOUGHT, ASK, THOUGHT]}
+    answers = ["It is so.<|im_end|>", "Let me think.\nHm.</think>It is so.<|im_end|>"]
+    assert learnt(ChatEncoder(tokenizer(), one(source + asking)).encode(record, where, SEAT)) == answers
+    # Without a prompt for an answer the model would have to write the header, and opens the thought itself.
+    alone = [f"<|im_start|>assistant\n{x}" for x in (answers[0], "<think>\n" + answers[1])]
+    assert learnt(ChatEncoder(tokenizer(), one(source)).encode(record, where, SEAT)) == alone
+
+
 def test_a_last_turn_that_closes_otherwise() -> None:
     final = "<|channel|>final<|message|>"
     thought = "<|channel|>analysis<|message|>Let me think.\nHm.<|end|><|start|>assistant"
