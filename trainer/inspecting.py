@@ -6,7 +6,6 @@ user asks to see is found by reading on from the start, or from a checkpoint; on
 once.
 """
 
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count, islice
@@ -24,7 +23,7 @@ from components.data.loader import Loader
 from components.data.names import name_of
 from components.data.origins import Origin
 from components.data.tokenizer import Tokenizer
-from components.mesh.batch import IGNORE
+from components.mesh.batch import IGNORE, Batch
 from components.mesh.degrees import resolve_degrees
 from components.runtime.errors import CheckpointError, ConfigError, DataError
 from models.train_spec import families, get_args
@@ -71,12 +70,12 @@ class Rows:
 
     def __iter__(self) -> Iterator[RowView]:
         """All rows of each step, in order. Raises DataError."""
-        told: deque[list[Origin]] = deque()
-        can_tell = self.loader.listen(lambda row: told.append([self._named(x) for x in row]))
+        told: list[list[Origin] | None] = []
+        can_tell = self.loader.listen(lambda row: told.append(None if row is None else [self._named(x) for x in row]))
         for step, rows in zip(count(self.done + 1), self.loader, strict=False):
             self.table = rows.cursors.tolist()
-            empty = ((rows.batch.tokens == 0) & (rows.batch.labels == IGNORE)).all(dim=1).tolist()
-            origins = [[] if nothing else told.popleft() for nothing in empty] if can_tell else None
+            origins = _with_padding(told, rows.batch) if can_tell else None
+            told.clear()
             yield from views(rows.batch, step, origins)
 
     def served(self) -> dict[str, int]:
@@ -111,6 +110,15 @@ class Rows:
         if table is None or passed < skip:
             raise DataError(f"--start-step {step}: the data end after step {self.done + passed}")
         self.loader.load_state(self.loader.state_dict(table.tolist()))
+
+
+def _with_padding(told: Sequence[list[Origin] | None], batch: Batch) -> list[list[Origin] | None]:
+    """What was told of a step's rows, and nothing of those that are padding alone, of which nothing is told."""
+    if len(told) == batch.rows:
+        return list(told)
+    empty = ((batch.tokens == 0) & (batch.labels == IGNORE)).all(dim=1).tolist()
+    rows = iter(told)
+    return [[] if nothing else next(rows) for nothing in empty]
 
 
 def open_rows(

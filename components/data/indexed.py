@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from components.data.order import SYNTHETIC, raw_bits
+from components.data.origins import Listener, TracedIndex
 from components.data.rows import Counts, Cursor, Ending, Row, make_row
 from components.runtime.errors import DataError
 
@@ -78,6 +79,7 @@ class IndexedRows:
         self._index, self._mask, self._cross = index, document_mask, cross_document_labels
         self.streams, self.seq_len, self.counts = global_batch, index.seq_len, Counts()
         self.ending: Ending = ending
+        self.listener: Listener | None = None
         self.fingerprint: dict[str, Any] = index.fingerprint | {
             "seq_len": self.seq_len,
             "document_mask": document_mask,
@@ -113,8 +115,11 @@ class IndexedRows:
     def _rows(self, n: int) -> Iterator[tuple[Row, Cursor]]:
         count = self._index.count
         while count is None or n < count or self.ending == "repeat":
-            tokens, ids = self._index.row(n if count is None else n % count)
+            made = n if count is None else n % count
+            tokens, ids = self._index.row(made)
             n += self.streams
             self.counts.row_tokens += self.seq_len
+            if self.listener is not None:
+                self.listener(self._index.origins(made) if isinstance(self._index, TracedIndex) else None)
             row = make_row(tokens, ids, self.seq_len, document_mask=self._mask, cross_document_labels=self._cross)
             yield row, (n,)

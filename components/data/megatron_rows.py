@@ -22,7 +22,8 @@ from components.data.megatron_order import (
     source_indices,
     source_sizes,
 )
-from components.data.token_rows import Piece, TokenSource, join
+from components.data.origins import Origin
+from components.data.token_rows import Piece, TokenSource, join, origins_of
 from components.runtime.errors import ConfigError, DataError
 
 SEEDS = 1 << 32
@@ -84,9 +85,16 @@ class MegatronRows:
 
     def row(self, n: int) -> tuple[np.ndarray, np.ndarray]:
         """See RowIndex. Raises DataError if the files cannot be read, or hold other ids than the vocabulary."""
+        return join(self._pieces_of(n), self._vocab)
+
+    def origins(self, n: int) -> list[Origin]:
+        """See TracedIndex. Documents are Megatron-LM's: sequences."""
+        return origins_of(self._pieces_of(n))
+
+    def _pieces_of(self, n: int) -> list[Piece]:
         arrays = self._opened()
         source, number = (0, n) if arrays.blend is None else (int(x[n]) for x in arrays.blend)
-        return join(_pieces(self._sources[source], arrays.parts[source], number), self._vocab)
+        return _pieces(self._sources[source], arrays.parts[source], number)
 
     def mixture(self, rows: int) -> dict[str, int]:
         """Tokens of each source in the first rows; weights are shares of whole samples."""

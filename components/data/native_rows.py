@@ -16,9 +16,10 @@ import numpy as np
 from components.data.index_cache import IndexCache
 from components.data.megatron_order import ceil_div
 from components.data.native_order import Mixture, OwnOrder, Progress, Unit
+from components.data.origins import Origin
 from components.data.quota import whole_weights
 from components.data.rows import Ending
-from components.data.token_rows import Piece, TokenSource, join
+from components.data.token_rows import Piece, TokenSource, join, origins_of
 from components.runtime.errors import DataError
 
 SMALLEST, LARGEST = 1 << 10, 1 << 22  # documents in a segment; each has twice as many as the one before
@@ -73,6 +74,13 @@ class NativeRows:
 
     def row(self, n: int) -> tuple[np.ndarray, np.ndarray]:
         """See RowIndex. Raises DataError if the files cannot be read, or hold other ids than the vocabulary."""
+        return join(self._pieces_of(n), self._vocab)
+
+    def origins(self, n: int) -> list[Origin]:
+        """See TracedIndex."""
+        return origins_of(self._pieces_of(n))
+
+    def _pieces_of(self, n: int) -> list[Piece]:
         first, stop = n * self.seq_len, (n + 1) * self.seq_len + 1
         if self._tokens is not None:
             stop = min(stop, self._tokens)
@@ -83,7 +91,7 @@ class NativeRows:
             upto = min(stop, self._ends[segment])
             pieces += self._pieces(self._segments[segment], first, upto)
             first = upto
-        return join(pieces, self._vocab)
+        return pieces
 
     def mixture(self, rows: int) -> dict[str, int]:
         """What weights are shares of, of each source in the first rows: tokens, or documents that begin there."""

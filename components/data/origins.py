@@ -25,8 +25,8 @@ class Origin(NamedTuple):
         return self._replace(offset=self.offset + tokens)
 
 
-Listener = Callable[[Sequence[Origin]], None]
-"""Takes the documents of a row, in order and without padding. The last may be only a label in it."""
+Listener = Callable[[Sequence[Origin] | None], None]
+"""Takes the documents of a row, in order and without padding; the last may be only a label in it. None: not known."""
 
 
 @runtime_checkable
@@ -35,3 +35,12 @@ class Traced(Protocol):
 
     listener: Listener | None
     """Called just before a row is given."""
+
+
+@runtime_checkable
+class TracedIndex(Protocol):
+    """A RowIndex that can tell."""
+
+    def origins(self, n: int) -> list[Origin]:
+        """The documents of row n."""
+        ...

@@ -5,6 +5,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from components.data.documents import place_of
+from components.data.origins import Origin
 from components.data.token_files import TokenFiles
 from components.runtime.errors import DataError
 
@@ -70,6 +72,15 @@ class Piece(NamedTuple):
     document: int
     offset: int
     count: int
+
+
+def origins_of(pieces: Sequence[Piece]) -> list[Origin]:
+    """Where pieces come from."""
+    return [
+        Origin(x.source.name, place_of(x.source.files, x.document), x.offset, int(x.source.files.lengths[x.document]))
+        for x in pieces
+        if x.count
+    ]
 
 
 def join(pieces: Sequence[Piece], vocab_size: int | None) -> tuple[np.ndarray, np.ndarray]:

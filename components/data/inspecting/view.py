@@ -93,8 +93,8 @@ class RowView:
         return {"step": self.step, "row": self.row, **arrays, "documents": documents}
 
 
-def views(batch: Batch, step: int, origins: Sequence[Sequence[Origin]] | None = None) -> Iterator[RowView]:
-    """The rows of a whole global batch. `origins`: of each row, those of its documents in order."""
+def views(batch: Batch, step: int, origins: Sequence[Sequence[Origin] | None] | None = None) -> Iterator[RowView]:
+    """The rows of a whole global batch. `origins`: of each row, those of its documents in order, where known."""
     for row in range(batch.rows):
         tokens, labels, positions, ids = (
             x[row].numpy() for x in (batch.tokens, batch.labels, batch.positions, batch.document_ids)
