@@ -1,17 +1,22 @@
 """From the sections of a job to its tokenizer and its loaders: the defaults of a TrainSpec."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from components.config.job_config import JobConfig
 from components.config.training import Training, Validation
-from components.data.documents import DatasetRequest
-from components.data.encoding import TextEncoder
+from components.data.index_cache import IndexCache
 from components.data.indexed import IndexedRows, RowIndex
 from components.data.loader import Loader
+from components.data.megatron_rows import MegatronRows
 from components.data.mixture import StreamSource
+from components.data.native_rows import NativeRows
+from components.data.opening import Opened, Opener
 from components.data.order import deal
 from components.data.packing import Packing
-from components.data.registry import open_dataset
 from components.data.rows import Ending, RowSource
 from components.data.streamed import StreamedRows
+from components.data.token_rows import TokenSource
 from components.data.tokenizer import Tokenizer, load_tokenizer
 from components.runtime.errors import ConfigError
 
@@ -32,8 +37,8 @@ def build_loader(
 ) -> Loader:
     """The loader of one data-parallel rank, for training or validation.
 
-    `tokenizer` may be None for datasets that make rows themselves (`synthetic`). `vocab_size` is the model's.
-    Validation visits the documents once, in their own order, and pads the end, whatever `[data]` says of shuffling.
+    `tokenizer` may be None for sources that hold tokens already. `vocab_size` is the model's. Validation visits the
+    documents once, in their own order, and pads the end, whatever `[data]` says of shuffling.
     Raises ConfigError and DataError.
     """
     section = job.validation if validation else job.training
@@ -48,50 +53,106 @@ def build_loader(
 def _source(
     job: JobConfig, section: Training | Validation, tokenizer: Tokenizer | None, rows: int, vocab_size: int
 ) -> RowSource:
-    validation = isinstance(section, Validation)
-    seed = job.debug.seed or 0
-    field = job.data.text_field
-    request = DatasetRequest(section.dataset_path, field, section.seq_len, vocab_size, seed, validation, (field,))
-    ending: Ending = "pad" if validation else job.data.on_end
-    opened = open_dataset(section.dataset, request)
-    if isinstance(opened, RowIndex):
-        if isinstance(section, Validation) and section.steps == -1 and opened.count is None:
-            raise ConfigError(
-                f"validation.steps = -1: the dataset {section.dataset!r} has no end; set a number of steps"
-            )
-        return IndexedRows(
-            opened,
-            global_batch=rows,
-            document_mask=job.data.document_mask,
-            ending=ending,
-            cross_document_labels=job.data.cross_document_labels,
-        )
-    if tokenizer is None:
-        raise ConfigError(f"dataset {section.dataset!r}: its documents need a tokenizer; set model.hf_assets_path")
-    if tokenizer.vocab_size > vocab_size:
-        raise ConfigError(
-            f"the tokenizer has {tokenizer.vocab_size} entries, the model's vocabulary {vocab_size};"
-            " choose a flavor with a larger vocabulary, or another model.hf_assets_path"
-        )
-    streams = rows if validation or job.data.streams == -1 else job.data.streams
-    dealt = deal(
-        opened,
-        name="",
-        streams=streams,
-        seed=None if validation or not job.data.shuffle else seed,
-        epochs=None if ending == "repeat" else 1,
-        window=job.data.shuffle_window,
-    )
-    encoder = TextEncoder(tokenizer, job.data.text_field, add_bos=job.data.add_bos, add_eos=job.data.add_eos)
-    packing = _packing(job, section)
-    # what the meaning of a cursor depends on: not how the data end, nor what is done about bad records
-    fingerprint = {**opened.fingerprint, **dealt.fingerprint, **encoder.fingerprint, **packing.fingerprint}
-    return StreamedRows(
-        [StreamSource("", dealt, encoder)],
-        packing,
+    opened = Opener(job, section, tokenizer, vocab_size).all()
+    ending: Ending = "pad" if isinstance(section, Validation) else job.data.on_end
+    if ending == "repeat" and all(x.epochs is not None for x in opened):
+        ending = "stop"
+    index = _index(job, section, opened, ending, rows, vocab_size)
+    if index is None:
+        return _streamed(job, section, opened, ending, rows)
+    return IndexedRows(
+        index,
+        global_batch=rows,
+        document_mask=job.data.document_mask,
         ending=ending,
-        skip_bad=job.data.on_bad_record == "skip",
-        fingerprint=fingerprint,
+        cross_document_labels=job.data.cross_document_labels,
+    )
+
+
+def _index(
+    job: JobConfig,
+    section: Training | Validation,
+    opened: Sequence[Opened],
+    ending: Ending,
+    rows: int,
+    vocab_size: int,
+) -> RowIndex | None:
+    """What gives rows by their number; None if they have to be made one after the other."""
+    made = [x for x in opened if isinstance(x.documents, RowIndex)]
+    if made:
+        return _made_rows(section, made[0], opened)
+    sources = [TokenSource(x.name, x.tokens, x.weight, x.epochs) for x in opened if x.tokens is not None]
+    megatron = job.data.order == "megatron" and isinstance(section, Training)
+    if len(sources) < len(opened) or job.data.packing != "concat":
+        if megatron:
+            other = next(x for x in opened if x.tokens is None)
+            raise ConfigError(
+                f'data.order = "megatron": source {other.name!r} is not made of token files; write them with'
+                ' scripts/preprocess_data.py, or set data.order = "native"'
+            )
+        return None
+    cache, seed = IndexCache(job.data.cache_folder), job.debug.seed or 0
+    if megatron:
+        samples = job.training.steps * rows
+        return MegatronRows(
+            sources, seq_len=section.seq_len, samples=samples, seed=seed, cache=cache, vocab_size=vocab_size
+        )
+    return NativeRows(
+        sources,
+        seq_len=section.seq_len,
+        rows=max(section.steps, 1) * rows,
+        seed=seed if job.data.shuffle and isinstance(section, Training) else None,
+        ending=ending,
+        unit=job.data.unit,
+        cache=cache,
+        vocab_size=vocab_size,
+    )
+
+
+def _made_rows(section: Training | Validation, source: Opened, opened: Sequence[Opened]) -> RowIndex:
+    """The rows of a dataset that makes them itself. Raises ConfigError for those that cannot be had."""
+    index = source.documents
+    if not isinstance(index, RowIndex) or len(opened) > 1:
+        raise ConfigError(
+            f"source {source.name!r}: its dataset makes whole rows, which cannot be mixed with others; make it the only"
+            " source"
+        )
+    if source.epochs is not None:
+        raise ConfigError(f"source {source.name!r}: epochs = {source.epochs}: it has rows, not documents; leave it out")
+    if isinstance(section, Validation) and section.steps == -1 and index.count is None:
+        name = source.name or section.dataset
+        raise ConfigError(f"validation.steps = -1: the dataset {name!r} has no end; set a number of steps")
+    return index
+
+
+def _streamed(
+    job: JobConfig, section: Training | Validation, opened: Sequence[Opened], ending: Ending, rows: int
+) -> StreamedRows:
+    data, held_out = job.data, isinstance(section, Validation)
+    streams = rows if held_out or data.streams == -1 else data.streams
+    sources, facts = list[StreamSource](), dict[str, dict[str, Any]]()
+    for source in opened:
+        if isinstance(source.documents, RowIndex) or source.encoder is None:
+            raise ConfigError(f"source {source.name!r}: gives rows, which cannot be packed")
+        dealt = deal(
+            source.documents,
+            name=source.name,
+            streams=streams,
+            seed=None if held_out or not data.shuffle else job.debug.seed or 0,
+            epochs=1 if source.epochs is None and ending != "repeat" else source.epochs,
+            window=data.shuffle_window,
+        )
+        sources.append(StreamSource(source.name, dealt, source.encoder, source.weight))
+        own = {"weight": source.weight, "epochs": source.epochs} if source.name else {}
+        facts[source.name] = {**own, **source.documents.fingerprint, **dealt.fingerprint, **source.encoder.fingerprint}
+    packing = _packing(job, section)
+    return StreamedRows(
+        sources,
+        packing,
+        unit=data.unit,
+        ending=ending,
+        skip_bad=data.on_bad_record == "skip",
+        fingerprint=packing.fingerprint | (facts.get("") or {"unit": data.unit, "sources": facts}),
     )
 
 
