@@ -11,7 +11,6 @@ import signal
 import threading
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -278,7 +277,7 @@ def _blocks(source: RowSource, cursors: Mapping[int, Cursor]) -> Iterator[_Block
         source.counts.padding_tokens += padding
         source.counts.row_tokens += padding
         rows = np.stack([np.stack(filler if x is None else x[0]) for x in made], axis=1)  # (4, rows, seq)
-        yield _Block(torch.from_numpy(rows), torch.tensor(last), deepcopy(source.counts), missing == len(made))
+        yield _Block(torch.from_numpy(rows), torch.tensor(last), source.counts.copy(), missing == len(made))
 
 
 class _WorkerRows(IterableDataset[_Block | EspalierError | None]):

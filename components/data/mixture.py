@@ -11,12 +11,12 @@ So each begins at its own phase of the round, which `begin` draws from a sequenc
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain, count, islice
+from itertools import count, islice
 from math import isqrt
 from typing import NamedTuple
 
 from components.data.encoding import Encoded, Encoder
-from components.data.order import Deal, Document, Place, Walk
+from components.data.order import Deal, Document, Walk
 from components.data.quota import choose
 from components.runtime.errors import DataError
 
@@ -45,65 +45,77 @@ class Taken(NamedTuple):
     document: Encoded
 
 
-class Feed:
-    """One source's documents in one stream, of which the next is looked at before it is taken."""
+class Feed(NamedTuple):
+    """One source's documents in one stream."""
 
-    def __init__(
-        self, name: str, walk: Walk, encode: Callable[[Document], Encoded | None], place: Place, served: int
-    ) -> None:
-        self._name, self._walk, self._encode = name, walk, encode
-        self._ended = False
-        self._head: Encoded | None = None
-        self.place, self.served = place, served
-
-    def head(self) -> Encoded | None:
-        """The next document that has tokens; None after the last. `place` is then its, or where the source ended."""
-        while self._head is None and not self._ended:
-            try:
-                self._look_at(next(self._walk))
-            except StopIteration as end:
-                self.place, self._ended = end.value, True
-        return self._head
-
-    def take(self, units: int) -> None:
-        """Count the head as served."""
-        self._head = None
-        self.served += units
-
-    def _look_at(self, document: Document) -> None:
-        found = self._encode(document)
-        if found is not None:
-            self._head, self.place = found, Place(document.epoch, document.position)
-        elif document.epoch > self.place.epoch + BARREN_EPOCHS:
-            of = f" of source {self._name!r}" if self._name else ""
-            raise DataError(
-                f"a stream found no text in {BARREN_EPOCHS} epochs{of}; give more documents, or set data.streams lower"
-            )
+    name: str
+    walk: Walk
+    encode: Callable[[Document], Encoded | None]
+    """A document as it is packed; None if there is nothing to pack."""
 
 
 class Mixture:
-    """The documents of one stream in the order in which they are packed. `unit`: what a document counts."""
+    """The documents of one stream in the order in which they are packed, from a state on.
 
-    def __init__(self, feeds: Sequence[Feed], weights: Sequence[int], unit: Callable[[Encoded], int]) -> None:
+    `unit`: what a document counts. The first use encodes the next document of every source, each later one the
+    successor of the one taken last.
+    """
+
+    def __init__(
+        self, feeds: Sequence[Feed], weights: Sequence[int], unit: Callable[[Encoded], int], state: Sequence[int]
+    ) -> None:
         self._feeds, self._weights, self._unit = feeds, weights, unit
+        self._state = list(state)
+        self._heads: list[Encoded | None] = [None for _ in feeds]
+        self._lengths: list[int | None] = [None for _ in feeds]
+        self._unseen: Sequence[int] = range(len(feeds))
 
     def state(self) -> tuple[int, ...]:
-        """(epoch, position, served) of each source: what it goes on from. Encodes the heads that are missing."""
-        for feed in self._feeds:
-            feed.head()
-        return tuple(chain.from_iterable((*x.place, x.served) for x in self._feeds))
+        """(epoch, position, served) of each source, of its next document that has tokens or of where it ended.
+
+        Raises DataError.
+        """
+        for d in self._unseen:
+            self._look(d)
+        self._unseen = ()
+        return tuple(self._state)
 
     def take(self) -> Taken | None:
         """The next document; None if all sources have ended. Raises DataError."""
         state = self.state()
-        heads = [x.head() for x in self._feeds]
-        lengths = [None if x is None else self._unit(x) for x in heads]
-        chosen = choose([x.served for x in self._feeds], lengths, self._weights)
-        head, units = (None, None) if chosen is None else (heads[chosen], lengths[chosen])
-        if chosen is None or head is None or units is None:
+        chosen = choose(state[2::3], self._lengths, self._weights)
+        if chosen is None:
             return None
-        self._feeds[chosen].take(units)
+        head, length = self._heads[chosen], self._lengths[chosen]
+        if head is None or length is None:
+            return None
+        self._heads[chosen], self._lengths[chosen], self._unseen = None, None, (chosen,)
+        self._state[3 * chosen + 2] += length
         return Taken(state, head)
+
+    def _look(self, d: int) -> None:
+        """Go on to the source's next document that has tokens. Raises DataError if there seems to be none."""
+        name, walk, encode = self._feeds[d]
+        last = self._state[3 * d]
+        while True:
+            try:
+                document = next(walk)
+            except StopIteration as end:
+                self._state[3 * d : 3 * d + 2] = end.value
+                return
+            if (found := encode(document)) is not None:
+                self._state[3 * d : 3 * d + 2] = document.epoch, document.position
+                self._heads[d], self._lengths[d] = found, self._unit(found)
+                return
+            if document.epoch > last + BARREN_EPOCHS:
+                raise _barren(name)
+
+
+def _barren(name: str) -> DataError:
+    of = f" of source {name!r}" if name else ""
+    return DataError(
+        f"a stream found no text in {BARREN_EPOCHS} epochs{of}; give more documents, or set data.streams lower"
+    )
 
 
 def begin(lengths: Sequence[int], stream: int) -> list[int]:

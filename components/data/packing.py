@@ -103,50 +103,39 @@ def rows_of(
             return _padded(mixture, packing.seq_len, done, row)
 
 
-@dataclass
-class _Open:
-    """A document in concatenation, and how many of its tokens are in rows that have been given."""
-
-    taken: Taken
-    done: int
-
-    def __len__(self) -> int:
-        return len(self.taken.document.tokens) - self.done
-
-
 def _concat(mixture: Mixture, seq_len: int, done: int, row: MakeRow, pad: bool) -> Rows:
-    held: deque[_Open] = deque()  # starts with the next row's first token
-    count = 0
+    held: deque[Taken] = deque()  # the next row begins with the first one's token number `done`
+    count = -done  # tokens that no row has begun with
     while (taken := mixture.take()) is not None:
-        held.append(_Open(taken, done))
-        count, done = count + len(held[-1]), 0
+        held.append(taken)
+        count += len(taken.document.tokens)
         while count > seq_len:
-            made = row(_first(held, seq_len + 1))
-            count -= seq_len
-            yield made, _drop(held, seq_len)
+            made = row(_first(held, done, seq_len + 1))
+            count, done = count - seq_len, _drop(held, done + seq_len)
+            yield made, (done, *held[0].state)
     if pad and count > 1:
-        made = row(_first(held, count))
-        yield made, _drop(held, count - 1)
+        made = row(_first(held, done, count))
+        done = _drop(held, done + count - 1)
+        yield made, (done, *held[0].state)
 
 
-def _first(held: deque[_Open], count: int) -> list[Encoded]:
-    """The first `count` tokens, of as many as there are at least."""
+def _first(held: deque[Taken], done: int, count: int) -> list[Encoded]:
+    """`count` tokens, of as many as there are at least, from number `done` on."""
     parts: list[Encoded] = []
-    for x in held:
-        part = _cut(x.taken.document, slice(x.done, x.done + count))
-        parts.append(part)
-        count -= len(part.tokens)
-        if not count:
+    for taken in held:
+        length = len(taken.document.tokens) - done
+        parts.append(_cut(taken.document, slice(done, done + count)) if done or length > count else taken.document)
+        count, done = count - length, 0
+        if count <= 0:
             break
     return parts
 
 
-def _drop(held: deque[_Open], count: int) -> Cursor:
-    """Drop the first `count` tokens, fewer than are held; return the cursor of the one after them."""
-    while count >= len(held[0]):
-        count -= len(held.popleft())
-    held[0].done += count
-    return held[0].done, *held[0].taken.state
+def _drop(held: deque[Taken], count: int) -> int:
+    """Drop the first `count` tokens, fewer than are held; return how many of them belong to what is now the first."""
+    while count >= len(held[0].document.tokens):
+        count -= len(held.popleft().document.tokens)
+    return count
 
 
 def _padded(mixture: Mixture, seq_len: int, done: int, row: MakeRow) -> Rows:

@@ -33,8 +33,8 @@ def choose(served: Sequence[int], lengths: Sequence[int | None], weights: Sequen
         weights: Shares, as positive integers.
     """
     active = [d for d, length in enumerate(lengths) if length is not None]
-    if not active:
-        return None
+    if len(active) < 2:
+        return active[0] if active else None
     total, weight = sum(served[d] for d in active), sum(weights[d] for d in active)
     best: int | None = None
     for d in active:

@@ -5,7 +5,7 @@ of a few integers. That is all a layout, a worker count or a resume needs to kno
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -40,6 +40,10 @@ class Counts:
     """Places of rows, filled or not."""
     skipped: dict[str, int] = field(default_factory=dict)
     """Records that could not be read, for each source by its name; 0 too."""
+
+    def copy(self) -> "Counts":
+        """The numbers as they are now."""
+        return replace(self, skipped=dict(self.skipped))
 
 
 class RowSource(Protocol):

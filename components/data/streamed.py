@@ -97,17 +97,8 @@ class StreamedRows:
 
     def _rows(self, cursor: Cursor, walks: Sequence[Walk]) -> Iterator[tuple[Row, Cursor]]:
         """Rows of one stream, from the documents of each source."""
-        feeds = [
-            Feed(
-                source.name,
-                walk,
-                partial(self._encoded, source),
-                Place(cursor[1 + 3 * d], cursor[2 + 3 * d]),
-                cursor[3 + 3 * d],
-            )
-            for d, (source, walk) in enumerate(zip(self._sources, walks, strict=True))
-        ]
-        mixture = Mixture(feeds, self._weights, self._units)
+        feeds = [Feed(x.name, walk, partial(self._encoded, x)) for x, walk in zip(self._sources, walks, strict=True)]
+        mixture = Mixture(feeds, self._weights, self._units, cursor[1:])
         pad = self.ending == "pad"
         return rows_of(mixture, self._packing, cursor[0], self.counts, pad=pad, listener=self.listener)
 

@@ -58,7 +58,7 @@ def compressed(folder: Path, bad: bool) -> Path:
 
 def rows(path: Path, workers: int, change: Callable[[StreamedRows], None] = lambda source: None) -> list[Tensor]:
     """All batches of three rows, shuffled, with bad records skipped."""
-    source = streamed(open_files(str(path), "text"), streams=3, seed=5, ending="pad", skip_bad=True)
+    source = streamed(open_files(str(path)), streams=3, seed=5, ending="pad", skip_bad=True)
     change(source)
     return [batch for batch, _ in run(loaders(source, 3, 1, workers))]
 
@@ -107,7 +107,7 @@ def test_a_tokenizer_that_fails_names_the_document(
     write: Callable[[Path, bool], Path], name: str, tmp_path: Path
 ) -> None:
     path = write(tmp_path, False)
-    source = streamed(open_files(str(path), "text"), streams=1, seed=None, ending="pad")
+    source = streamed(open_files(str(path)), streams=1, seed=None, ending="pad")
     failing(source)
     (only,) = source._sources
     document = next(d for d in only.deal.open({0: Place(0, 0)})[0] if d.position == 12)
@@ -127,7 +127,7 @@ def test_a_file_that_vanishes_or_shrinks(
 ) -> None:
     """Also where bad records are skipped: it is not one record that is bad."""
     path = write(tmp_path, False)
-    source = streamed(open_files(str(path), "text"), streams=1, seed=None, skip_bad=True)
+    source = streamed(open_files(str(path)), streams=1, seed=None, skip_bad=True)
     files = [path] if path.is_file() else sorted(path.iterdir())
     for file in files:
         if gone:
@@ -143,7 +143,7 @@ def test_a_file_that_vanishes_or_shrinks(
 @pytest.mark.slow
 def test_a_worker_that_is_killed(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "x.jsonl", texts(40))
-    (loader,) = loaders(streamed(open_files(str(path), "text"), streams=2, seed=None), 2, 1, 2)
+    (loader,) = loaders(streamed(open_files(str(path)), streams=2, seed=None), 2, 1, 2)
     steps = iter(loader)
     next(steps)
     before = signal.getsignal(signal.SIGCHLD)

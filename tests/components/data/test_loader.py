@@ -41,7 +41,7 @@ def append_long_document(path: str) -> None:
 def streams_of(
     path: str, ending: Ending = "repeat", streams: int = 4, batch: int = 4, degree: int = 1, **more: Any
 ) -> list[Loader]:
-    return loaders(streamed(open_files(path, "text"), streams=streams, ending=ending), batch, degree, **more)
+    return loaders(streamed(open_files(path), streams=streams, ending=ending), batch, degree, **more)
 
 
 def test_state(path: str) -> None:
@@ -133,7 +133,7 @@ def test_more_workers_than_rows_are_not_started(path: str) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_pad_goes_on_until_the_last_stream_ends(path: str, workers: int) -> None:
     append_long_document(path)
-    (loader,) = loaders(streamed(open_files(path, "text"), streams=3, seed=None, ending="pad"), 3, 1, workers)
+    (loader,) = loaders(streamed(open_files(path), streams=3, seed=None, ending="pad"), 3, 1, workers)
     steps = [x for x, _ in run([loader])]
     valid = torch.stack([(x[:, 1] != IGNORE).sum(1) for x in steps])  # (steps, streams)
     assert valid[-1].tolist()[:2] == [0, 0]
@@ -142,7 +142,7 @@ def test_pad_goes_on_until_the_last_stream_ends(path: str, workers: int) -> None
 
 
 def _stream(path: str, stream: int) -> list[list[int]]:
-    source = streamed(open_files(path, "text"), streams=3, seed=None, ending="pad")
+    source = streamed(open_files(path), streams=3, seed=None, ending="pad")
     only = source._sources[0]
     found = [source._encoded(only, x) for x in only.deal.open({stream: Place(0, stream)})[stream]]
     return [x.tokens.tolist() for x in found if x is not None]
@@ -150,7 +150,7 @@ def _stream(path: str, stream: int) -> list[list[int]]:
 
 def full(path: str, ending: Ending) -> StreamedRows:
     """Rows in which each token is a label."""
-    documents = open_files(path, "text")
+    documents = open_files(path)
     return streamed(documents, streams=4, ending=ending, seed=None, cross_document_labels=True)
 
 

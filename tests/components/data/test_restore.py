@@ -19,7 +19,7 @@ def source(kind: str, folder: Path, shuffle: bool, streams: int) -> RowSource:
     if kind == "synthetic":
         return synthetic(BATCH)
     path = write_lines(folder / ("x.jsonl" if kind == "random" else "x.jsonl.gz"), texts(23, 20))
-    return streamed(open_files(str(path), "text"), streams=streams, seed=7 if shuffle else None)
+    return streamed(open_files(str(path)), streams=streams, seed=7 if shuffle else None)
 
 
 @pytest.mark.parametrize("kind", KINDS)

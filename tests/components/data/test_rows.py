@@ -24,7 +24,7 @@ def packed(document: str) -> list[int]:
 def test_each_token_is_predicted_once(tmp_path: Path, extension: str, streams: int) -> None:
     documents = texts(23)
     path = write_lines(tmp_path / f"x.{extension}", documents)
-    source = streamed(open_files(str(path), "text"), streams=streams, seed=None, ending="pad")
+    source = streamed(open_files(str(path)), streams=streams, seed=None, ending="pad")
     batches = [x for x, _ in run(loaders(source, streams, 1))]
     for s in range(streams):
         expected = [packed(x) for x in documents[s::streams]]
@@ -37,7 +37,7 @@ def test_an_epoch_holds_each_document_once(tmp_path: Path) -> None:
     documents = texts(23)
     for name in ("x.jsonl", "x.jsonl.gz"):
         path = write_lines(tmp_path / name, documents)
-        source = streamed(open_files(str(path), "text"), streams=1, seed=5, ending="pad", seq_len=4000)
+        source = streamed(open_files(str(path)), streams=1, seed=5, ending="pad", seq_len=4000)
         ((batch, _),) = run(loaders(source, 1, 1))
         pieces = [batch[0, 0][batch[0, 3] == i].tolist() for i in range(23)]
         assert sorted(pieces) == sorted(packed(x) for x in documents)
@@ -107,7 +107,7 @@ def test_masked_documents_of_a_stream(tmp_path: Path) -> None:
 def test_without_begin_and_end_tokens(tmp_path: Path) -> None:
     documents = texts(9)
     path = write_lines(tmp_path / "x.jsonl", documents)
-    source = streamed(open_files(str(path), "text"), streams=1, seed=None, bos=False, eos=False)
+    source = streamed(open_files(str(path)), streams=1, seed=None, bos=False, eos=False)
     tokens = torch.cat([x[0, 0] for x, _ in run(loaders(source, 1, 1), 4)]).tolist()
     assert tokens == [t for x in documents for t in tokenizer().encode(x)][: 4 * SEQ]
 
@@ -116,7 +116,7 @@ def test_without_begin_and_end_tokens(tmp_path: Path) -> None:
 def test_stop_ends_before_the_first_step_that_is_not_full(tmp_path: Path, name: str) -> None:
     documents = texts(23)
     path = write_lines(tmp_path / name, documents)
-    source = streamed(open_files(str(path), "text"), streams=3, seed=None, ending="stop")
+    source = streamed(open_files(str(path)), streams=3, seed=None, ending="stop")
     tokens = [sum(len(packed(x)) for x in documents[s::3]) for s in range(3)]
     (loader,) = loaders(source, 3, 1)
     steps = list(run([loader]))
@@ -127,7 +127,7 @@ def test_stop_ends_before_the_first_step_that_is_not_full(tmp_path: Path, name: 
 
 def test_a_stream_without_text_is_an_error(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "x.jsonl", ["", "a b c", "d e f"])
-    source = streamed(open_files(str(path), "text"), streams=3, seed=None, bos=False, eos=False)
+    source = streamed(open_files(str(path)), streams=3, seed=None, bos=False, eos=False)
     with pytest.raises(DataError) as error:
         next(iter(loaders(source, 3, 1)[0]))
     assert str(error.value) == ("a stream found no text in 16 epochs; give more documents, or set data.streams lower")
