@@ -6,6 +6,7 @@ The variable BREAKS says how, FROM at which record; BROKEN_FILE remembers that i
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 from components.data.jsonlines import JsonLines
 from tests.trainer import tiny
@@ -15,8 +16,8 @@ __all__ = ["tiny"]
 document = JsonLines.document
 
 
-def breaking(self: JsonLines, index: int) -> str:
-    """A document's text, unless its reader breaks over it."""
+def breaking(self: JsonLines, index: int) -> dict[str, Any]:
+    """A document, unless its reader breaks over it."""
     file = Path(os.environ["BROKEN_FILE"])
     if index == int(os.environ["FROM"]) and os.environ["BREAKS"] and not file.exists():
         file.touch()
