@@ -20,6 +20,10 @@ from components.data.token_rows import TokenSource
 from components.data.tokenizer import Tokenizer, load_tokenizer
 from components.runtime.errors import ConfigError
 
+AT_ONCE = 10**10
+"""Tokens that the order of token files is worked out for when a job starts, which takes seconds; the rest follows as it
+is needed."""
+
 
 def build_tokenizer(job: JobConfig) -> Tokenizer:
     """The tokenizer in `model.tokenizer_path` or `model.hf_assets_path`. Raises DataError."""
@@ -100,7 +104,7 @@ def _index(
     return NativeRows(
         sources,
         seq_len=section.seq_len,
-        rows=max(section.steps, 1) * rows,
+        rows=min(max(section.steps, 1) * rows, AT_ONCE // section.seq_len),
         seed=seed if job.data.shuffle and isinstance(section, Training) else None,
         ending=ending,
         unit=job.data.unit,

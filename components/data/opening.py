@@ -11,13 +11,12 @@ from components.config.data import Source
 from components.config.job_config import JobConfig
 from components.config.training import Training, Validation
 from components.data.chat.encoder import ChatEncoder
-from components.data.chat.formats import Format, HellaSwag, Instruction, Squad
 from components.data.chat.template import ChatTemplate, load_chat_template
 from components.data.documents import DatasetRequest, RandomAccess, Sequential
 from components.data.encoding import Encoder, TextEncoder, TokensEncoder
 from components.data.fim import FimEncoder, find_marks
 from components.data.indexed import RowIndex
-from components.data.instruction import InstructionEncoder
+from components.data.instruction import build_instruction_encoder, columns_of
 from components.data.names import name_of
 from components.data.registry import datasets, open_dataset, open_path
 from components.data.splits import TokenSlice, is_shares, share_bounds, take_share
@@ -118,7 +117,12 @@ class Opener:
 
     def fields(self, source: Source) -> Sequence[str] | None:
         """The columns that will be read; None: all."""
-        return (source.text_field or self.job.data.text_field,) if source.kind in ("auto", "text") else None
+        match source.kind:
+            case "auto" | "text":
+                return (source.text_field or self.job.data.text_field,)
+            case "instruction":
+                return columns_of(source.prompt, source.answer, source.system)
+        return None
 
     def share(self, documents: RandomAccess | Sequential, split: str, name: str) -> RandomAccess:
         """The part of the documents that this section reads."""
@@ -149,13 +153,8 @@ class Opener:
                 raise ConfigError(
                     f"source {name!r}: there is no loss of pairs yet; look at them with scripts/inspect_data.py"
                 )
-        return InstructionEncoder(
-            tokenizer,
-            load_chat_template(self.assets, source.chat_template),
-            form_of(source),
-            train_on=source.train_on,
-            add_bos=self.job.data.add_bos,
-        )
+        template = load_chat_template(self.assets, source.chat_template)
+        return build_instruction_encoder(source, tokenizer, template, add_bos=self.job.data.add_bos)
 
     def text_encoder(self, source: Source, tokenizer: Tokenizer, name: str) -> TextEncoder:
         """What makes tokens of text, rearranged to fill in the middle where that is wanted."""
@@ -201,15 +200,6 @@ class Opener:
                 " choose a flavor with a larger vocabulary, or another model.hf_assets_path"
             )
         return self.tokenizer
-
-
-def form_of(source: Source) -> Format:
-    """How a record becomes an instruction and its answer. Raises ConfigError."""
-    if source.kind == "squad":
-        return Squad(source.system)
-    if source.kind == "hellaswag":
-        return HellaSwag(source.system)
-    return Instruction(source.prompt or "", source.answer or "", source.system)
 
 
 def split_of(name: str) -> str:
