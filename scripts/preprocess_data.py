@@ -1,7 +1,7 @@
 """Make indexed token files (Megatron-LM's .bin/.idx) of text, on all cores; join, divide and look at them.
 
     python scripts/preprocess_data.py run --input corpus/ --output data/web --tokenizer FOLDER
-    python scripts/preprocess_data.py run --input 'a/*.jsonl.zst' b.parquet --output data/web --tokenizer FOLDER --keys t,u
+    python scripts/preprocess_data.py run --input 'a/*.jsonl.zst' b.parquet --output data/b --tokenizer FOLDER --keys a
     python scripts/preprocess_data.py merge data/a_text_document data/b_text_document --output data/both
     python scripts/preprocess_data.py split data/both --output data/both --shares 98,1,1
     python scripts/preprocess_data.py stats data/both --validate --tokenizer FOLDER
@@ -27,6 +27,7 @@ from trainer.command import report_errors
 def run(args: argparse.Namespace) -> int:
     """Encode; the exit code."""
     from components.data.preprocess.job import Options, Stopped, preprocess
+    from components.data.preprocess.over_ray import preprocess_over_ray
     from components.data.preprocess.stopping import stoppable
     from components.data.preprocess.telling import bar, summary
 
@@ -35,7 +36,10 @@ def run(args: argparse.Namespace) -> int:
     workers = cores() if args.workers is None else args.workers
     with stoppable() as stop, bar() as shown:
         try:
-            report = preprocess(options, workers, stop, shown.begin)
+            if args.ray is None:
+                report = preprocess(options, workers, stop, shown.begin)
+            else:
+                report = preprocess_over_ray(options, args.ray or None, args.workers, stop, shown.begin)
         except Stopped as stopped:
             shown.end()
             print(stopped, file=sys.stderr)
@@ -153,6 +157,7 @@ def add_run(command: argparse.ArgumentParser) -> None:
     add("--plain", action="store_true", help="one key: write OUTPUT.bin and .idx")
     add("--overwrite", action="store_true", help="replace finished files, and what was left of another run")
     add("--workers", type=number, metavar="N", help="processes that encode (default: as many as there are cores)")
+    add("--ray", nargs="?", const="", metavar="ADDRESS", help="encode on a Ray cluster; without ADDRESS on a local one")
     add("--save-every", type=float, default=10.0, metavar="SECONDS", help="what a kill may cost (default: 10)")
 
 
