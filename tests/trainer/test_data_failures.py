@@ -1,6 +1,7 @@
 """Data that fail in mid-run leave a checkpoint, on all ranks alike, from which the job goes on as if they never had."""
 
 import functools
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from tests.components.data.corpus import texts, write_lines
 from tests.reliability.interrupted import Ended, interrupt
 from tests.reliability.test_signals import codes, events, saved
-from tests.trainer.runs import facts, records
+from tests.trainer.runs import facts, launch, records
 
 SLOW = pytest.mark.slow
 DOCUMENTS = [f"{i} {x}" for i, x in enumerate(texts(200))]
@@ -152,6 +153,19 @@ def test_a_job_that_fails_in_its_first_step_may_go_on_with_other_data(ranks: int
     assert codes(job(ranks, tmp_path)) == [0] * ranks
 
 
+@SLOW
+def test_weights_that_move_in_backward_are_not_saved(tmp_path: Path) -> None:
+    """The other rank has begun a step that cannot end; both end, and soon."""
+    home = corpus(tmp_path, 2)
+    ended = job(2, tmp_path, "--optimizer.early_step_in_backward", "--training.max_norm=inf", fails="vanish 6 1")
+    told = f"error: {home}/1/x.jsonl: has vanished while the run read it; restore the file as it was"
+    assert ended[1].err.splitlines()[-1] == told
+    assert ended[1].code == 2
+    assert ended[0].code in (1, 2)
+    assert "nothing is saved" in "".join(x.err for x in ended)
+    assert saved(tmp_path) == []
+
+
 def test_without_checkpoints_the_rank_ends_with_its_error(tmp_path: Path) -> None:
     home = corpus(tmp_path, 1)
     (ended,) = job(1, tmp_path, "--checkpoint.enable=false", fails="vanish 9 0")
@@ -159,3 +173,18 @@ def test_without_checkpoints_the_rank_ends_with_its_error(tmp_path: Path) -> Non
     told = "has vanished while the run read it; restore the file as it was"
     assert ended.err.splitlines()[-1] == f"error: {home}/0/x.jsonl: {told}"
     assert not (tmp_path / "checkpoint").exists()
+
+
+def test_skipped_records_are_told_for_each_source(tmp_path: Path) -> None:
+    for name, count in (("good", 0), ("poor", 40)):
+        lines = ["{", *map(json.dumps, ({"text": x} for x in DOCUMENTS[:3]))]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines * count if count else lines[1:] * 40))
+    tables = ", ".join(f"{{path='{tmp_path}/{x}.jsonl', name='{x}'}}" for x in ("good", "poor"))
+    outcomes = launch(2, tmp_path, f"--data.sources=[{tables}]", "--data.on_bad_record=skip")
+    assert [x.code for x in outcomes] == [0, 0], outcomes[0].stderr
+    (last,) = (x for x in events(tmp_path) if x["event"] == "skipped_records")
+    assert {*last} == {"event", "step", "sources"}
+    assert (last["step"], last["sources"]["good"]) == (3, 0)
+    count = last["sources"]["poor"]
+    assert count > 0
+    assert f"records that could not be read and were skipped: {count} (poor {count})" in outcomes[0].stderr
