@@ -84,8 +84,7 @@ class Output:
             sizes = self._resumed(overwrite)
             for key in () if self.finishing else names:
                 with _writable(prefix):
-                    self._spools[key] = _Spool(self._folder / key, sizes.get(key))
-                opened.callback(self._spools[key].close)
+                    self._spools[key] = _Spool(self._folder / key, sizes.get(key), opened)
             self._opened = opened.pop_all()
 
     @property
@@ -198,15 +197,15 @@ class Output:
 
 
 class _Spool:
-    """The growing files of one key, cut back to `sizes`, or empty."""
+    """The growing files of one key, cut back to `sizes`, or empty; `opened` closes them."""
 
-    def __init__(self, path: Path, sizes: Mapping[str, int] | None) -> None:
+    def __init__(self, path: Path, sizes: Mapping[str, int] | None, opened: ExitStack) -> None:
         self.sizes = dict(sizes or {"tokens": 0, "sequences": 0, "documents": 0})
         """Bytes of tokens, and counts."""
         self._path = path
-        self._bin = _cut(_with(path, ".bin"), 0, self.sizes["tokens"])
-        self._idx = _cut(_with(path, ".idx"), HEADER.size, LENGTH.itemsize * self.sizes["sequences"])
-        self._ends = _cut(_with(path, ".ends"), POINTER.itemsize, POINTER.itemsize * self.sizes["documents"])
+        self._bin = _cut(_with(path, ".bin"), opened, 0, self.sizes["tokens"])
+        self._idx = _cut(_with(path, ".idx"), opened, HEADER.size, LENGTH.itemsize * self.sizes["sequences"])
+        self._ends = _cut(_with(path, ".ends"), opened, POINTER.itemsize, POINTER.itemsize * self.sizes["documents"])
 
     def write(self, part: Part) -> None:
         """Append documents."""
@@ -242,12 +241,6 @@ class _Spool:
         self._idx.write(HEADER.pack(MAGIC, VERSION, CODES[dtype], count, self.sizes["documents"] + 1))
         self._idx.flush()
 
-    def close(self) -> None:
-        """What is not durable may be lost."""
-        for file in (self._bin, self._idx, self._ends):
-            with suppress(OSError):  # a full disk, which has been told
-                file.close()
-
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Replace a file as a whole, durably."""
@@ -270,18 +263,23 @@ def _writable(prefix: str) -> Iterator[None]:
         raise DataError(f"{prefix}: cannot be written ({what}); check the folder, its permissions and space") from error
 
 
-def _cut(path: Path, head: int, size: int) -> IO[bytes]:
+def _cut(path: Path, opened: ExitStack, head: int, size: int) -> IO[bytes]:
     """Open a file to append after a head, which is zeros in a new one, and `size` bytes more. Raises DataError."""
-    file = open(path, "r+b" if path.exists() else "w+b", buffering=BUFFER)  # noqa: SIM115 - closed by _Spool.close
+    file = open(path, "r+b" if path.exists() else "w+b", buffering=BUFFER)  # noqa: SIM115 - closed by `opened`
+    opened.callback(_close, file)
     there = file.seek(0, os.SEEK_END)
     if size and there < head + size:
-        file.close()
         raise DataError(
             f"{path}: has {there} bytes, but the journal says {head + size}; remove {path.parent} to begin anew"
         )
     file.truncate(head + size)
     file.seek(head + size)
     return file
+
+
+def _close(file: IO[bytes]) -> None:
+    with suppress(OSError):  # a full disk, which has been told; what is not durable may be lost
+        file.close()
 
 
 def _publish(path: Path, name: str) -> None:
