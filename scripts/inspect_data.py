@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import sys
+from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs as a script, from any folder
@@ -24,22 +25,26 @@ from trainer.command import report_errors
 
 def inspect(args: argparse.Namespace, job: list[str]) -> int:
     """Show; the exit code."""
-    from components.data.inspecting import terminal
     from components.data.inspecting.page import page
-    from trainer.inspecting import open_rows, survey
+    from trainer.inspecting import open_data, survey
 
-    rows = open_rows(job, os.environ, validation=args.validation, checkpoint=args.checkpoint)
-    if args.start_step is not None:
-        rows.go_to(args.start_step)
-    shown, sums = survey(rows, args.rows, args.stats_rows)
+    data = open_data(job, os.environ, validation=args.validation, checkpoint=args.checkpoint)
+    if args.start_step is not None and data.rows:
+        data.rows.go_to(args.start_step)
+    shown, sums = survey(data.rows, args.rows, args.stats_rows) if data.rows else ([], None)
+    shares = data.rows.shares if data.rows else {}
+    pairs = [pair for source in data.pairs for pair in islice(source, args.rows)]
     if args.html is not None:
-        args.html.write_text(page(rows.name, shown, sums, rows.shares, rows.tokenizer), encoding="utf-8")
+        args.html.write_text(page(data.name, shown, sums, shares, data.tokenizer, pairs), encoding="utf-8")
     if args.json:
         plain = {"rows": [view.plain() for view in shown], "survey": sums.plain() if sums else None}
-        print(json.dumps(plain, ensure_ascii=False))
+        print(json.dumps(plain | {"pairs": [pair.plain() for pair in pairs]}, ensure_ascii=False))
     elif args.html is None:
+        from components.data.inspecting import terminal
+
         row = terminal.row_table if args.tokens else terminal.row_text
-        terminal.show(terminal.everything(rows.name, shown, sums, rows.shares, rows.tokenizer, row), args.color)
+        terminal.show(terminal.everything(data.name, shown, sums, shares, data.tokenizer, row), args.color)
+        terminal.show_pairs(pairs, data.tokenizer, args.color)
     return 0
 
 
@@ -65,7 +70,9 @@ def parser() -> argparse.ArgumentParser:
         usage="%(prog)s CONFIG.toml [--section.key=value ...] [options]",
         allow_abbrev=False,
     )
-    top.add_argument("--rows", type=number, default=2, metavar="N", help="rows to show (default: 2)")
+    top.add_argument(
+        "--rows", type=number, default=2, metavar="N", help="rows to show, or pairs of each source (default: 2)"
+    )
     top.add_argument("--stats-rows", type=number, default=256, metavar="M", help="rows to add up (default: 256)")
     top.add_argument("--start-step", type=step, metavar="T", help="begin with the rows of step T")
     top.add_argument("--checkpoint", metavar="FOLDER", help="begin where this checkpoint of the job stands")

@@ -14,13 +14,14 @@ from typing import Any, Literal
 from components.checkpoint.contents import read_files
 from components.checkpoint.manifest import read_manifest
 from components.checkpoint.storage import open_folder
-from components.config.data import Source
 from components.config.job_config import JobConfig
 from components.config.training import DataLoader
+from components.data.inspecting.pairs import PairView, pairs_of
 from components.data.inspecting.survey import Survey
 from components.data.inspecting.view import RowView, views
 from components.data.loader import Loader
 from components.data.names import name_of
+from components.data.opening import Opener
 from components.data.origins import Origin
 from components.data.tokenizer import Tokenizer
 from components.mesh.batch import IGNORE, Batch
@@ -34,6 +35,7 @@ from trainer.settle import settle
 from trainer.validator import sets_of
 
 Unit = Literal["tokens", "documents"]
+PAIRS = "preference"
 HERE = DataLoader(num_workers=0, persistent_workers=False, pin_memory=False, prefetch_factor=None)
 
 
@@ -53,8 +55,6 @@ class Position:
 class Rows:
     """The rows of one set, from some step on."""
 
-    name: str
-    """What they are of, for headings."""
     tokenizer: Tokenizer
     loader: Loader
     only: str
@@ -121,36 +121,87 @@ def _with_padding(told: Sequence[list[Origin] | None], batch: Batch) -> list[lis
     return [[] if nothing else next(rows) for nothing in empty]
 
 
-def open_rows(
+@dataclass(frozen=True)
+class Inspected:
+    """What there is to show of a job."""
+
+    name: str
+    """What it is, for a heading."""
+    tokenizer: Tokenizer
+    rows: Rows | None
+    """None where all sources are preference pairs, which no rows are made of."""
+    pairs: Sequence[Iterator[PairView]] = ()
+    """The pairs of each such source."""
+
+
+def open_data(
     argv: Sequence[str], environ: Mapping[str, str], *, validation: str | None = None, checkpoint: str | None = None
-) -> Rows:
-    """The rows of the job that the arguments name, on the ranks that NGPU and NNODES say.
+) -> Inspected:
+    """The data of the job that the arguments name, on the ranks that NGPU and NNODES say.
 
     Args:
         validation: Name of a validation set; empty: the first; None: the training set.
         checkpoint: Folder of a checkpoint of this job, whose position in the data the rows begin from.
 
-    Raises ConfigError, DataError, CheckpointError as training would.
+    Raises ConfigError, DataError, CheckpointError as training would, but for preference pairs, which it refuses.
     """
     words = [*argv, "--validation.enable=true"] if validation is not None else argv
     resolved, ranks = resolve(words, environ), world_of(environ)
     import_custom(resolved.job.experimental.custom_import)
-    validate_job(resolved, ranks)
+    validate_job(replace(resolved, job=_pairs_as_chats(resolved.job)), ranks)
     position = None if checkpoint is None else read_position(checkpoint)
     degree = resolve_degrees(resolved.job.parallelism, ranks).batch
     job, _ = settle(resolved.job, degree, position.sizes if position else {})
     job = _without_workers(job)
     if validation is None:
-        only = name_of(job.data.sources[0]) if job.data.sources else job.training.dataset
-        rows = _open(job, f"training data of {job.job.description}", only, job.data.sources)
-    else:
-        name, section = _choose(job, validation)
-        job = replace(job, validation=section)
-        rows = _open(job, f"validation set {name} of {job.job.description}", name, [], validation=True)
+        return _training(job, position)
+    name, section = _choose(job, validation)
+    job = replace(job, validation=section)
+    tokenizer = families[job.model.name].load().build_tokenizer_fn(job)
+    rows = Rows(tokenizer, _loader(job, tokenizer, validation=True), name, job.data.unit)
+    return Inspected(f"validation set {name} of {job.job.description}", tokenizer, rows)
+
+
+def _training(job: JobConfig, position: Position | None) -> Inspected:
+    title, tokenizer = (
+        f"training data of {job.job.description}",
+        families[job.model.name].load().build_tokenizer_fn(job),
+    )
+    opener = Opener(job, job.training, tokenizer, get_args(job.model.name, job.model.flavor).vocab_size)
+    pairs = [pairs_of(opener, source) for source in job.data.sources if source.kind == PAIRS]
+    sources = [source for source in job.data.sources if source.kind != PAIRS]
+    if pairs and not sources:
+        return Inspected(title, tokenizer, None, pairs)
+    job = replace(job, data=replace(job.data, sources=sources))
+    only = name_of(sources[0]) if sources else job.training.dataset
+    total = sum(source.weight for source in sources)
+    shares = {name_of(source): source.weight / total for source in sources}
+    rows = Rows(tokenizer, _loader(job, tokenizer), only, job.data.unit, shares)
     if position:
         rows.loader.load_state(position.loader)
         rows.done = position.step
-    return rows
+    return Inspected(title, tokenizer, rows, pairs)
+
+
+def _loader(job: JobConfig, tokenizer: Tokenizer, validation: bool = False) -> Loader:
+    return (
+        families[job.model.name]
+        .load()
+        .build_dataloader_fn(
+            job,
+            tokenizer=tokenizer,
+            vocab_size=get_args(job.model.name, job.model.flavor).vocab_size,
+            data_rank=0,
+            data_degree=1,
+            validation=validation,
+        )
+    )
+
+
+def _pairs_as_chats(job: JobConfig) -> JobConfig:
+    """For the rules on tables, which refuse to train on pairs."""
+    sources = [replace(source, kind="chat") if source.kind == PAIRS else source for source in job.data.sources]
+    return replace(job, data=replace(job.data, sources=sources))
 
 
 def _without_workers(job: JobConfig) -> JobConfig:
@@ -165,22 +216,6 @@ def _choose(job: JobConfig, name: str) -> tuple[str, Any]:
         raise ConfigError(f"--validation {name}: no such validation set; there are: {', '.join(sets)}")
     name = name or next(iter(sets))
     return name, sets[name]
-
-
-def _open(job: JobConfig, name: str, only: str, sources: Sequence[Source], validation: bool = False) -> Rows:
-    spec = families[job.model.name].load()
-    tokenizer = spec.build_tokenizer_fn(job)
-    loader = spec.build_dataloader_fn(
-        job,
-        tokenizer=tokenizer,
-        vocab_size=get_args(job.model.name, job.model.flavor).vocab_size,
-        data_rank=0,
-        data_degree=1,
-        validation=validation,
-    )
-    total = sum(source.weight for source in sources)
-    shares = {name_of(source): source.weight / total for source in sources}
-    return Rows(name, tokenizer, loader, only, job.data.unit, shares)
 
 
 def read_position(folder: str) -> Position:

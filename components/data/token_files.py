@@ -189,6 +189,11 @@ class TokenFiles:
         part, i = self._find(self._documents, index)
         return f"{part.name}: document {i}"
 
+    def sequence_place(self, index: int) -> str:
+        """File and sequence in it."""
+        part, i = self._find(self._sequences, index)
+        return f"{part.name}: sequence {i}"
+
     def check(self) -> None:
         """See Watched."""
         for part in self._parts:

@@ -64,6 +64,10 @@ class TokenPart:
         read = self._files.read_sequence if self._sequences else self._files.read
         return read(self._start + index, offset, count)
 
+    def place(self, index: int) -> str:
+        """See Placed."""
+        return (self._files.sequence_place if self._sequences else self._files.place)(self._start + index)
+
 
 class Piece(NamedTuple):
     """What a row takes of one document."""

@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from components.data.token_writer import IndexedWriter
 from tests.components.data.corpus import tokenizer, write_lines
 from tests.trainer.runs import TINY, train
 from trainer.config.load import load_job
@@ -212,6 +214,119 @@ def test_what_training_refuses(job: Path, capsys: pytest.CaptureFixture[str]) ->
     )
     job.with_name("words.jsonl").write_text('{"text": "a"}\n{"no": 1}\n')
     assert f"{job.with_name('words.jsonl')}:2:1: no field 'text'" in refused(capsys, job)
+
+
+MIXTURE = """\
+[job]
+description = "a mixture"
+[model]
+name = "llama3"
+flavor = "debugmodel"
+[training]
+seq_len = 24
+local_batch_size = 1
+[data]
+packing = "padded"
+shuffle = false
+[[data.sources]]
+name = "chats"
+path = "{folder}/chats.jsonl"
+kind = "chat"
+chat_template = "{folder}/template.jinja"
+[[data.sources]]
+name = "words"
+path = "{folder}/words.jsonl"
+weight = 3
+fim_rate = {rate}
+[[data.sources]]
+name = "pairs"
+path = "{folder}/pairs.jsonl"
+kind = "preference"
+"""
+CHAT = [{"role": "user", "content": "x y"}, {"role": "assistant", "content": "def x"}]
+PAIR = {"prompt": "x", "chosen": "[red]y", "rejected": "<b>\x1b"}
+TEMPLATE = """\
+{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor -%}
+{% if add_generation_prompt %}assistant: {% endif %}"""
+
+
+def mixture(job: Path, rate: float = 0.0) -> Path:
+    """A TOML with a chat and preference pairs beside the text."""
+    folder = job.parent
+    (folder / "chats.jsonl").write_text(json.dumps({"messages": CHAT}) + "\n")
+    (folder / "pairs.jsonl").write_text(json.dumps(PAIR) + "\n")
+    (folder / "template.jinja").write_text(TEMPLATE)
+    file = folder / "mixture.toml"
+    file.write_text(MIXTURE.format(folder=folder, rate=rate))
+    return file
+
+
+def test_chats_and_mixtures(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, found = mixture(job), []
+    for row in rows(capsys, file, "--rows=12"):
+        found.append(row["documents"][0]["source"])
+        if found[-1] == "chats":
+            ids = [label for label in row["labels"] if label != -100]
+            assert tokenizer().decode(ids) == " def x<|end_of_text|>"
+    assert {*found} == {"chats", "words"}
+    assert json.loads(shown(capsys, file, "--json"))["survey"]["served"].keys() == {"chats", "words"}
+    text = shown(capsys, file, "--rows=12", "--stats-rows=0")
+    place = job.with_name("chats.jsonl")
+    assert f"── document 0: chats, {place}:1: " in text
+    assert "\n⟪user: x y<|end_of_text|>assistant:⟫ def x<|end_of_text|>\n" in text
+    assert "  pairs  " not in shown(capsys, file, "--rows=0")
+
+
+PAIRS = """\
+┡━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━╇━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━┩
+│ ⟪<|begin_of_text|>x↵                                      │ ⟪<|begin_of_text|>x↵                                     │
+│ ⟫[red]y<|end_of_text|>                                    │ ⟫<b>{escape}<|end_of_text|>                              │
+└───────────────────────────────────────────────────────────┴──────────────────────────────────────────────────────────┘
+""".replace("{escape}<|end_of_text|>", "\\x1b<|end_of_text|>    ")
+
+
+def test_pairs_are_shown_side_by_side(job: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file, page = mixture(job), tmp_path / "pairs.html"
+    text = shown(capsys, file, "--rows=1")
+    assert text.endswith(PAIRS)
+    assert f"pair 0: pairs, {job.with_name('pairs.jsonl')}:1" in text
+    (pair,) = json.loads(shown(capsys, file, "--json"))["pairs"]
+    assert tokenizer().decode(pair["rejected"]["tokens"]) == "<|begin_of_text|>x\n<b>\x1b<|end_of_text|>"
+    shown(capsys, file, "--html", page)
+    assert '<table class="pair"><tr><th>chosen: ' in page.read_text()
+    only = file.read_text().partition("[[data.sources]]")[0] + file.read_text().rpartition("[[data.sources]]")[1]
+    file.write_text(only + file.read_text().rpartition("[[data.sources]]")[2])
+    assert shown(capsys, file).endswith(PAIRS)  # without any rows
+
+
+def test_fim_of_a_job(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = "error: source 'words': fim_rate needs tokens that stand before prefix, suffix and middle"
+    assert refused(capsys, mixture(job, 0.5)).startswith(message)
+    file = mixture(job, 1.0)
+    file.write_text(file.read_text().replace("fim_rate", 'fim_tokens = ["Z", "Q", "J"]\nfim_rate'))
+    ids = [tokenizer().token_id(name) for name in "ZQJ"]
+    words = [row for row in rows(capsys, file, "--rows=30") if row["documents"][0]["source"] == "words"]
+    assert len(words) > 15
+    assert all(row["tokens"][1] == ids[0] for row in words)
+
+
+@pytest.mark.parametrize("order", ["native", "megatron"])
+def test_documents_of_token_files(job: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, order: str) -> None:
+    documents = [list(range(start, start + length)) for start, length in ((10, 5), (100, 13), (200, 30), (300, 2))]
+    with IndexedWriter(tmp_path / "ids", np.uint16) as writer:
+        for ids in documents:
+            writer.add_document(np.array(ids))
+    keys = (f"--training.dataset_path={tmp_path / 'ids'}", f"--data.order={order}", "--training.steps=6")
+    found = rows(capsys, job, *keys, f"--data.cache_folder={tmp_path / 'cache'}", "--rows=12")
+    seen = set()
+    for row in found:
+        for piece in row["documents"]:
+            number = int(piece["where"].rpartition(" ")[2])
+            seen.add(number)
+            inside = documents[number][piece["offset"] : piece["offset"] + piece["stop"] - piece["start"]]
+            assert row["tokens"][piece["start"] : piece["stop"]] == inside
+            assert piece["length"] == len(documents[number])
+    assert seen == {0, 1, 2, 3}
 
 
 def test_as_a_script(job: Path) -> None:

@@ -7,7 +7,8 @@ document that is a page itself stays text in whatever reads the file.
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 
-from components.data.inspecting.marked import Mark, heading, marks, title
+from components.data.inspecting.marked import Mark, harmless, heading, marks, title
+from components.data.inspecting.pairs import PairView
 from components.data.inspecting.survey import Survey, percent
 from components.data.inspecting.view import Piece, RowView
 from components.data.tokenizer import Tokenizer
@@ -22,6 +23,7 @@ table { border-collapse: collapse; } th, td { padding: 0 0.75rem 0 0; text-align
 th:first-child, td:first-child { text-align: left; }
 td.bar { text-align: left; width: 24rem; } td.bar div { background: #2a9d8f; height: 0.8rem; }
 .document { border-left: 3px solid #2a9d8f; margin: 0.5rem 0; padding-left: 0.75rem; }
+table.pair { table-layout: fixed; width: 100%; } table.pair td { text-align: left; vertical-align: top; }
 .document p { color: #2a9d8f; margin: 0; }
 pre { font: 13px/1.6 ui-monospace, monospace; margin: 0; white-space: pre-wrap; word-break: break-word; }
 i { background: #2a9d8f30; font-style: normal; } i:nth-child(even) { background: #2a9d8f18; }
@@ -35,28 +37,43 @@ LEGEND = (
 
 
 def page(
-    name: str, views: Sequence[RowView], survey: Survey | None, shares: Mapping[str, float], tokenizer: Tokenizer
+    name: str,
+    views: Sequence[RowView],
+    survey: Survey | None,
+    shares: Mapping[str, float],
+    tokenizer: Tokenizer,
+    pairs: Sequence[PairView] = (),
 ) -> str:
     """The file's text. `name`: what the rows are of; `shares`: see `survey_text`."""
-    return "".join(f"{part}\n" for part in _parts(name, views, survey, shares, tokenizer))
+    parts = [*_head(name)]
+    if survey is not None:
+        parts += _survey(survey, shares)
+    parts += [LEGEND, *_rows(views, tokenizer), *_pairs(pairs, tokenizer), "</body></html>"]
+    return "".join(f"{part}\n" for part in parts)
 
 
-def _parts(
-    name: str, views: Sequence[RowView], survey: Survey | None, shares: Mapping[str, float], tokenizer: Tokenizer
-) -> Iterator[str]:
+def _head(name: str) -> Iterator[str]:
     yield "<!DOCTYPE html>"
     yield '<html lang="en"><head><meta charset="utf-8">'
     yield f'<meta http-equiv="Content-Security-Policy" content="{escape(POLICY)}">'
     yield f"<title>{escape(name)}</title><style>{STYLE}</style></head><body>"
     yield f"<h1>{escape(name)}</h1>"
-    if survey is not None:
-        yield from _survey(survey, shares)
-    yield LEGEND
+
+
+def _rows(views: Sequence[RowView], tokenizer: Tokenizer) -> Iterator[str]:
     for view in views:
         yield f"<h2>{escape(title(view))}</h2>"
         for number, piece in enumerate(view.pieces):
             yield _document(view, piece, number, tokenizer)
-    yield "</body></html>"
+
+
+def _pairs(pairs: Sequence[PairView], tokenizer: Tokenizer) -> Iterator[str]:
+    for number, pair in enumerate(pairs):
+        yield f"<h2>pair {number}: {escape(harmless(f'{pair.source}, {pair.where}'))}</h2>"
+        sides = {"chosen": pair.chosen, "rejected": pair.rejected}
+        heads = (f"{name}: {len(view.tokens):,} tokens, {view.trained:,} trained" for name, view in sides.items())
+        cells = (f"<td><pre>{_said(view, view.pieces[0], tokenizer)}</pre></td>" for view in sides.values())
+        yield f'<table class="pair">{_cells(*heads, tag="th")}<tr>{"".join(cells)}</tr></table>'
 
 
 def _survey(survey: Survey, shares: Mapping[str, float]) -> Iterator[str]:
@@ -85,8 +102,12 @@ def _cells(*texts: str, tag: str = "td") -> str:
 
 
 def _document(view: RowView, piece: Piece, number: int, tokenizer: Tokenizer) -> str:
-    said = "" if piece.padding else "".join(_token(view, mark) for mark in marks(view, piece, tokenizer))
+    said = "" if piece.padding else _said(view, piece, tokenizer)
     return f'<div class="document"><p>{escape(heading(piece, number))}</p><pre>{said}</pre></div>'
+
+
+def _said(view: RowView, piece: Piece, tokenizer: Tokenizer) -> str:
+    return "".join(_token(view, mark) for mark in marks(view, piece, tokenizer))
 
 
 def _token(view: RowView, mark: Mark) -> str:

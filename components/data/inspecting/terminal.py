@@ -2,14 +2,19 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from components.data.inspecting.marked import Mark, harmless, heading, marks, title
+from components.data.inspecting.pairs import PairView
 from components.data.inspecting.survey import Survey, percent
-from components.data.inspecting.view import RowView
+from components.data.inspecting.view import Piece, RowView
 from components.data.tokenizer import Tokenizer
 from components.mesh.batch import IGNORE
 
+if TYPE_CHECKING:
+    from rich.text import Text
+
+WIDTH = 120
 BAR = 40
 """Characters of a histogram's longest bar."""
 
@@ -47,12 +52,16 @@ def row_text(view: RowView, tokenizer: Tokenizer) -> Iterator[Styled]:
     yield Styled(f"{title(view)}\n", "title")
     for number, piece in enumerate(view.pieces):
         yield Styled(f"── {heading(piece, number)}\n", "border")
-        if piece.padding:
-            continue
-        for (target, label), run in groupby(marks(view, piece, tokenizer), lambda mark: (mark.target, mark.label)):
-            yield from _run(list(run), target, label)
-        yield Styled("\n")
+        if not piece.padding:
+            yield from piece_text(view, piece, tokenizer)
+            yield Styled("\n")
     yield Styled("\n")
+
+
+def piece_text(view: RowView, piece: Piece, tokenizer: Tokenizer) -> Iterator[Styled]:
+    """What a row holds of one document."""
+    for (target, label), run in groupby(marks(view, piece, tokenizer), lambda mark: (mark.target, mark.label)):
+        yield from _run(list(run), target, label)
 
 
 def _run(run: list[Mark], target: bool, label: bool) -> Iterator[Styled]:
@@ -62,8 +71,8 @@ def _run(run: list[Mark], target: bool, label: bool) -> Iterator[Styled]:
         return
     name = "trained" if target else "masked"
     yield Styled("" if target else "⟪", "bracket")
-    for mark in run:
-        yield Styled(_lines(mark.text), f"{name} special" if mark.special else name)
+    for special, same in groupby(run, lambda mark: mark.special):
+        yield Styled("".join(_lines(mark.text) for mark in same), f"{name} special" if special else name)
     yield Styled("" if target else "⟫", "bracket")
 
 
@@ -150,7 +159,28 @@ def show(styled: Iterable[Styled], colour: bool) -> None:
         print(plain(styled), end="")
         return
     from rich.console import Console
+
+    Console(highlight=False, emoji=False, markup=False).print(_rich(styled, colour), soft_wrap=True, end="")
+
+
+def _rich(styled: Iterable[Styled], colour: bool) -> "Text":
     from rich.text import Text
 
-    parts = [(part.text, STYLES.get(part.style, "")) for part in styled if part.style != "bracket"]
-    Console(highlight=False, emoji=False, markup=False).print(Text.assemble(*parts), soft_wrap=True, end="")
+    parts = [(part.text, STYLES.get(part.style, "")) for part in styled if not (colour and part.style == "bracket")]
+    return Text.assemble(*parts)
+
+
+def show_pairs(pairs: Sequence[PairView], tokenizer: Tokenizer, colour: bool) -> None:
+    """Print pairs, each side by side; WIDTH columns if it is not known how wide the terminal is."""
+    from rich.console import Console
+    from rich.table import Table
+
+    options: dict[str, Any] = {} if colour else {"color_system": None, "width": WIDTH}
+    console = Console(highlight=False, emoji=False, markup=False, **options)
+    for number, pair in enumerate(pairs):
+        table = Table(title=harmless(f"pair {number}: {pair.source}, {pair.where}"), title_justify="left", expand=True)
+        sides = {"chosen": pair.chosen, "rejected": pair.rejected}
+        for name, view in sides.items():
+            table.add_column(f"{name}: {len(view.tokens):,} tokens, {view.trained:,} trained", ratio=1)
+        table.add_row(*(_rich(piece_text(view, view.pieces[0], tokenizer), colour) for view in sides.values()))
+        console.print(table)
