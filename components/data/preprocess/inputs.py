@@ -7,6 +7,7 @@ read from front to back: there a chunk carries its content. Where chunks are cut
 
 import glob
 import hashlib
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
@@ -28,6 +29,8 @@ EXTENSIONS = {".jsonl": LINES, ".json": LINES, ".parquet": ROWS} | dict.fromkeys
 COMPRESSED = (".gz", ".zst")
 ALLOWED = f"{', '.join(EXTENSIONS)}; all but .parquet also with {' or '.join(COMPRESSED)} after it"
 STDIN = "-"
+OWN = re.compile(r"\.report\.json$|\.partial/")
+"""What a job leaves beside its output, which may be in a folder that is read."""
 BLOCK = 1 << 20
 FILES_AT_ONCE = 256
 
@@ -260,7 +263,9 @@ def _expand(path: str) -> Sequence[DataFile]:
     files = found.files
     if found.everything:
         pairs = zip(files, found.names(), strict=True)
-        files = [file for file, name in pairs if kind_of(file.name)[0] and "/." not in f"/{name}"]
+        files = [
+            file for file, name in pairs if kind_of(file.name)[0] and "/." not in f"/{name}" and not OWN.search(name)
+        ]
         if not files:
             raise DataError(f"--input {path}: no data files in this folder; allowed extensions: {ALLOWED}")
     if not files:

@@ -251,7 +251,10 @@ def _special(options: Options, tokenizer: Tokenizer, which: str, text: str | Non
     """Id of a begin or end token. Raises DataError if there is none."""
     flag, leave = ("--bos-token", "leave --prepend-bos out") if which == "begin" else ("--eod-token", "--no-append-eod")
     if text is not None:
-        own = Tokenizer(tokenizer.definition, eos=text).eos_id
+        try:
+            own = Tokenizer(tokenizer.definition, eos=text).eos_id
+        except DataError as error:
+            raise DataError(f"{flag} {text}: the tokenizer has no such token; give one that it has") from error
     if own is None:
         raise DataError(f"--tokenizer {options.tokenizer}: names no {which} token; give one with {flag}, or {leave}")
     return own

@@ -180,7 +180,7 @@ class Output:
     def _resumed(self, overwrite: bool) -> dict[str, dict[str, int]]:
         """Sizes of the files to go on with; empty to begin anew. Raises DataError."""
         journal = self._journal()
-        if journal is None:
+        if journal is None or (Position(*journal["progress"]["position"]) == Position() and not journal["finishing"]):
             return {}
         if different := _differences(journal["fingerprint"], self._fingerprint):
             if not overwrite:

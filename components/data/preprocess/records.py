@@ -130,7 +130,7 @@ def _unfit(record: dict[str, Any], key: str, path: str, number: int | None) -> B
         return Bad("no such field", f"no field {key!r} (fields: {there}; --keys names those to encode)", path, number)
     value = record[key]
     if value is None:
-        return Bad("null", f"{key!r} is null", path, number)
+        return Bad("null", f"field {key!r} is null", path, number)
     texts = value if isinstance(value, list) else [value]
     others = [x for x in texts if not isinstance(x, str)]
     if others:
