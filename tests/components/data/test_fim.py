@@ -3,7 +3,9 @@
 import pickle
 from collections import Counter
 from functools import cache
+from itertools import islice
 from math import sqrt
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +14,12 @@ from tokenizers import Tokenizer as Backend
 
 from components.data.documents import BadRecord
 from components.data.encoding import Seat, TextEncoder
+from components.data.files import open_files
 from components.data.fim import KNOWN, FimEncoder, Marks, cut, find_marks
+from components.data.rows import Cursor
 from components.data.tokenizer import Tokenizer
 from components.runtime.errors import ConfigError
-from tests.components.data.corpus import texts
+from tests.components.data.corpus import streamed, texts, write_lines
 from tests.components.data.corpus import tokenizer as plain_tokenizer
 
 STARCODER = KNOWN["StarCoder"]
@@ -159,6 +163,20 @@ def test_a_document_depends_on_its_seat_alone() -> None:
     backwards = [ids(fim, documents[s.position], s.position, s.epoch) for s in reversed(seats)]
     assert backwards[::-1] == whole
     assert whole[:40] != whole[40:]  # another epoch cuts elsewhere
+
+
+def test_a_restart_after_any_row_goes_on_with_the_same_rows(tmp_path: Path) -> None:
+    documents = open_files(str(write_lines(tmp_path / "a.jsonl", texts(7))), None)
+    source = streamed(documents, streams=2, encoder=encoder(0.7))
+
+    def rows(cursor: Cursor, count: int) -> list[tuple[bytes, Cursor]]:
+        (stream,) = streamed(documents, streams=2, encoder=encoder(0.7)).open({1: cursor})
+        return [(row.tokens.tobytes(), after) for row, after in islice(stream, count)]
+
+    whole = rows(source.start()[1], 40)
+    assert {after[1] for _, after in whole} >= {0, 1, 2}  # through epochs
+    for number in range(39):
+        assert rows(whole[number][1], 39 - number) == whole[number + 1 :]
 
 
 def test_draws_differ_by_seed_and_source() -> None:
