@@ -1,8 +1,10 @@
 """Tokens of one chunk: a pure step that any process or machine may do, in any order.
 
-Texts are handed to the tokenizer by a quarter of a megabyte, since its objects take a hundred times the text's size.
+Texts are handed to the tokenizer by a quarter of a megabyte, since its objects take a hundred times the text's size; so
+long ones go in pieces where the tokenizer allows it (`long_texts`).
 """
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -11,6 +13,7 @@ from itertools import chain
 import numpy as np
 
 from components.data.preprocess.inputs import LINES, Chunk
+from components.data.preprocess.long_texts import LONG, divisible, pieces
 from components.data.preprocess.records import Bad, Texts, content, lines_of, records
 from components.data.tokenizer import Tokenizer
 
@@ -71,13 +74,14 @@ class ChunkEncoder:
 
     def __init__(self, tokenizer: Tokenizer, recipe: Recipe) -> None:
         self._tokenizer, self.recipe = tokenizer, recipe
+        self._divisible = divisible(tokenizer.definition)
 
     def encode_chunk(self, chunk: Chunk) -> EncodedChunk:
         """Tokens of its documents, in order. Raises DataError: a file that cannot be read."""
         if chunk.kind == LINES:
             chunk = replace(chunk, raw=content(chunk))
         done = EncodedChunk(replace(chunk, raw=None), [], lines=lines_of(chunk, chunk.raw or b""))
-        columns = [_Column(self._tokenizer, self.recipe) for _ in self.recipe.keys]
+        columns = [_Column(self._tokenizer, self.recipe, self._divisible) for _ in self.recipe.keys]
         for record in records(chunk, self.recipe.keys):
             if isinstance(record, Bad):
                 done.dropped[record.kind] += 1
@@ -95,8 +99,9 @@ class ChunkEncoder:
 class _Column:
     """The documents of one key, as they come."""
 
-    def __init__(self, tokenizer: Tokenizer, recipe: Recipe) -> None:
+    def __init__(self, tokenizer: Tokenizer, recipe: Recipe, divisible: bool) -> None:
         self._tokenizer, self._recipe = tokenizer, recipe
+        self._longest = LONG if divisible else sys.maxsize
         self._before = [] if recipe.bos is None else [recipe.bos]
         self._after = [] if recipe.eod is None else [recipe.eod]
         self._texts: list[str] = []
@@ -109,13 +114,17 @@ class _Column:
     def add(self, value: Texts) -> int:
         """One more document; its characters."""
         texts = [value] if isinstance(value, str) else value
+        sizes = [len(x) for x in texts]
+        if max(sizes, default=0) > self._longest:
+            self._encode()
+            self._encode_long(texts)
+            return sum(sizes)
         self._texts += texts
         self._counts.append(len(texts))
-        size = sum(map(len, texts))
-        self._held += size
+        self._held += sum(sizes)
         if self._held >= BATCH:
             self._encode()
-        return size
+        return sum(sizes)
 
     def part(self) -> Part:
         """All documents."""
@@ -139,6 +148,20 @@ class _Column:
         self._lengths += lengths
         self._tokens.append(_array(ids, sum(lengths), self._recipe.dtype))
         self._texts, self._counts, self._held = [], [], 0
+
+    def _encode_long(self, texts: Sequence[str]) -> None:
+        """The same of one document, which has a long text."""
+        dtype = self._recipe.dtype
+        sequences = [[self._array_of(x) for x in pieces(text)] for text in texts if text]
+        sequences[0].insert(0, np.array(self._before, dtype))
+        sequences[-1].append(np.array(self._after, dtype))
+        self._lengths += [sum(map(len, arrays)) for arrays in sequences]
+        self._sequences.append(len(sequences))
+        self._tokens += chain.from_iterable(sequences)
+
+    def _array_of(self, text: str) -> np.ndarray:
+        ids = self._tokenizer.encode(text)
+        return _array([ids], len(ids), self._recipe.dtype)
 
 
 def _array(ids: Sequence[Sequence[int]], count: int, dtype: str) -> np.ndarray:
