@@ -66,5 +66,6 @@ OUR_KEYS = (
     "training.spike_loss_factor",
     "training.spike_window",
     "validation.global_batch_size",
+    "validation.sources",
 )
 """Keys that v0.2.2 does not have, in sections that it has."""

@@ -74,7 +74,7 @@ def test_each_report_starts_anew_and_tokens_go_on() -> None:
     assert meter.report(1, VALUES, 0.1).tokens_per_second == 10.0
     meter.add(10, computed=10)
     clock.now += 4
-    second = meter.report(2, VALUES, 0.1, validation_loss=9.0)
+    second = meter.report(2, VALUES, 0.1, validation=9.0)
     assert (second.tokens, second.tokens_per_second, second.data_wait) == (90, 2.5, 0.0)
     assert (second.mfu, second.validation_loss, meter.tokens) == (None, 9.0, 90)
 
