@@ -12,7 +12,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -40,10 +39,12 @@ class Taken(NamedTuple):
     clock: float
     processors: float
     tokens: int
+    peak: float = 0.0
+    """MiB of the largest process, where it is asked for."""
 
 
-def write_corpus(path: Path, size: int) -> None:
-    """Files of the standard library as JSON lines, again and again until there are `size` bytes."""
+def write_corpus(path: Path, size: int, one_line: bool) -> None:
+    """Files of the standard library as JSON lines, again and again until there are `size` bytes; or all as one line."""
     source, lines = open_stdlib("train"), []
     for i in range(len(source)):
         try:
@@ -52,9 +53,12 @@ def write_corpus(path: Path, size: int) -> None:
             continue
     with path.open("w", encoding="utf-8") as file:
         number = 0
+        file.write('{"text": "' if one_line else "")
         while file.tell() < size:
-            file.write(lines[number % len(lines)])
+            line = lines[number % len(lines)]
+            file.write(line[len('{"text": "') : -len('"}\n')] if one_line else line)
             number += 1
+        file.write('"}\n' if one_line else "")
 
 
 def alone(path: Path, share: int, of: int) -> tuple[float, float, float, int]:
@@ -88,11 +92,14 @@ def whole(path: Path, workers: int) -> Taken:
     output = path.with_suffix("")
     command = [sys.executable, str(ROOT / "scripts/preprocess_data.py"), "run", "--input", str(path), "--overwrite"]
     command += ["--output", str(output), "--tokenizer", str(TOKENIZER), "--no-append-eod", "--workers", str(workers)]
-    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.time()
-    subprocess.run(command, capture_output=True, check=True)
-    clock, after = time.time() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    began = time.time()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)  # with all of its children
+    clock = time.time() - began
+    if status:
+        raise SystemExit(f"{' '.join(command)}: ended with status {status}")
     tokens = Path(f"{output}_text_document.bin").stat().st_size // 2
-    return Taken(clock, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, tokens)
+    return Taken(clock, used.ru_utime + used.ru_stime, tokens, used.ru_maxrss / 1024)
 
 
 def table(rounds: Sequence[tuple[Taken, ...]]) -> str:
@@ -112,16 +119,23 @@ def main(argv: list[str]) -> int:
     top.add_argument("--megabytes", type=int, default=100)
     top.add_argument("--rounds", type=int, default=3)
     top.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    top.add_argument("--memory", action="store_true", help="run the tool alone, once")
+    top.add_argument("--one-line", action="store_true", help="as a single document")
     args = top.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "corpus.jsonl")
-        write_corpus(path, args.megabytes * 1_000_000)
+        write_corpus(path, args.megabytes * 1_000_000, args.one_line)
         rounds = []
+        if args.memory:
+            taken = whole(path, args.workers)
+            print(f"{taken.clock:.0f} s, peak of the largest process: {taken.peak:.0f} MiB")
+            return 0
         for _ in range(args.rounds):
             rounds.append((encode_alone(path, 1), encode_alone(path, args.workers), whole(path, args.workers)))
             print(table(rounds[-1:]), flush=True)
     print(f"medians of {args.rounds} rounds; ratios to threads (clock, processors), to processes (likewise)")
     print(table(rounds))
+    print(f"peak of the tool's largest process: {max(x[2].peak for x in rounds):.0f} MiB")
     return 0
 
 
