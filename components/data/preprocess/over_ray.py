@@ -1,18 +1,21 @@
-"""The same job on many machines, through Ray Data: its actors encode, this process writes; the same bytes.
+"""The same job on many machines, through Ray Data: its tasks encode, this process writes; the same bytes.
 
 Work is dealt in units: 8 MB of a plain file of lines, a megabyte of text files, and each other file as a whole, since
-it can only be read from front to back. Actors read units themselves, so all machines must see the input under the same
+it can only be read from front to back. Tasks read units themselves, so all machines must see the input under the same
 paths, and have this package and tokenizers at the same versions. Results come back in order; what a lost machine had is
 done again by another, since units are pure. The journal, resuming and the report are the local job's.
 
 Ray's own writers were rejected: they write a file for each block, in an order of their own, and cannot go on after a
-kill. Rows of text, read by Ray's readers, were rejected too: other rules on what a record is, and other errors.
+kill. Rows of text, read by Ray's readers, were rejected too: other rules on what a record is, and other errors. Ray
+Data repeats what is lost for ever; so that a unit that ends every process it comes to is told of, tries are counted.
 """
 
+import functools
 import importlib
 import logging
 import os
 import traceback
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -28,19 +31,15 @@ from components.runtime.errors import ConfigError, DataError, EspalierError
 UNIT_BYTES = 8 << 20
 """Of a plain file."""
 BLOCK_BYTES = 4 << 20
-"""Of results that an actor gathers before it hands them on."""
-AGAIN = 3
-"""Times that an actor is started again, and a unit tried again, after its process or machine was lost."""
-QUIET = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_BACKEND_LOG_LEVEL": "fatal",  # or it warns of actors' large arguments, which this process holds on to
-}
+"""Of results that a task gathers before it hands them on."""
+TRIES = 4
+"""Times that a unit is begun, before it is said that its processes end."""
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
 """Environment of Ray, where it is not set otherwise."""
 
 
 class Rest(NamedTuple):
-    """A file that is read by one actor, from a byte or row on."""
+    """A file that is read by one task, from a byte or row on."""
 
     input: Input
     number: int
@@ -68,19 +67,41 @@ def units(inputs: Sequence[Input], keys: Sequence[str], position: Position) -> I
         number, offset = number + 1, 0
 
 
-class UnitEncoder:
-    """An actor."""
+def encode_batch(batch: dict[str, Any], held: Sequence[Any]) -> Iterator[dict[str, list[Any]]]:
+    """A task of Ray Data.
 
-    def __init__(self, held: Sequence[Any]) -> None:
-        """`held`: a reference to the encoder and all units; inside a list, where Ray leaves it alone."""
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        self._encoder, self._work = importlib.import_module("ray").get(held[0])
+    Args:
+        batch: Numbers of units.
+        held: A reference to the encoder and all units, inside a list, where Ray leaves it alone; and the `Tries`.
+    """
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    encoder, work = _fetched(held[0])
+    for number in batch["id"]:
+        unit = work[int(number)]
+        if importlib.import_module("ray").get(held[1].begin.remote(int(number))) > TRIES:
+            lost = f"over Ray: {TRIES} processes ended, one after the other, at {_name(unit)} (out of memory?)"
+            yield {"done": [WorkerDied(lost)]}
+            return
+        for done in encode_unit(encoder, unit):
+            yield {"done": [done]}
 
-    def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, list[Any]]]:
-        """As Ray Data calls it, with the numbers of units."""
-        for number in batch["id"]:
-            for done in encode_unit(self._encoder, self._work[int(number)]):
-                yield {"done": [done]}
+
+class Tries:
+    """How often each unit was begun. An actor."""
+
+    def __init__(self) -> None:
+        self._count: Counter[int] = Counter()
+
+    def begin(self, number: int) -> int:
+        """Count one more."""
+        self._count[number] += 1
+        return self._count[number]
+
+
+@functools.lru_cache(maxsize=1)
+def _fetched(reference: Any) -> tuple[ChunkEncoder, list[Unit]]:
+    """Once a process: it has many tasks."""
+    return importlib.import_module("ray").get(reference)
 
 
 def encode_unit(encoder: ChunkEncoder, unit: Unit) -> Iterator[EncodedChunk | Exception]:
@@ -91,8 +112,11 @@ def encode_unit(encoder: ChunkEncoder, unit: Unit) -> Iterator[EncodedChunk | Ex
     except EspalierError as error:
         yield error
     except Exception:  # a defect, told where results are put in order
-        what = unit if isinstance(unit, Chunk) else unit.input.file
-        yield RuntimeError(f"while encoding {what}:\n{traceback.format_exc()}")
+        yield RuntimeError(f"while encoding {_name(unit)}:\n{traceback.format_exc()}")
+
+
+def _name(unit: Unit) -> str:
+    return str(unit) if isinstance(unit, Chunk) else str(unit.input.file)
 
 
 def _chunks(unit: Unit, keys: Sequence[str]) -> Iterator[Chunk]:
@@ -130,7 +154,7 @@ def preprocess_over_ray(
     Args:
         options: As there; paths are those of the cluster's machines.
         address: Of the cluster, `auto` for the one that this machine belongs to; None: start Ray here, for this job.
-        workers: Actors, of one CPU each; None: all CPUs of the cluster.
+        workers: Tasks at a time, of one CPU each; None: all CPUs of the cluster.
         stop: Asked after each chunk whether to stop.
         show: As there.
 
@@ -186,10 +210,9 @@ def _results(ray: Any, encoder: ChunkEncoder, work: list[Unit], size: int) -> Ge
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ray.data.ExecutionResources(object_store_memory=BUDGET * size)
     numbers = ray.data.from_items([{"id": number} for number in range(len(work))], override_num_blocks=len(work))
-    actors = ray.data.ActorPoolStrategy(size=size)
-    held = [ray.put((encoder, work))]
-    again = {"max_restarts": AGAIN, "max_task_retries": AGAIN}  # Ray Data would try for ever
-    rows = numbers.map_batches(UnitEncoder, fn_constructor_args=(held,), batch_size=1, compute=actors, **again)
+    held = [ray.put((encoder, work)), ray.remote(num_cpus=0)(Tries).remote()]
+    tasks = ray.data.TaskPoolStrategy(size=size)
+    rows = numbers.map_batches(encode_batch, fn_kwargs={"held": held}, batch_size=1, compute=tasks)
     results = iter(rows.iter_rows())
     try:
         for row in results:
