@@ -83,13 +83,40 @@ def describe_job(trainer: Trainer, notes: list[str]) -> None:
     )
 
 
-def tell_skipped(trainer: Trainer) -> None:
-    """Log and note how many records of which source could not be read, if there were any. Collective."""
-    here = trainer.loader.skipped()  # of the same sources on all ranks
-    if not here:
-        return
-    counts = torch.tensor([*here.values()], device=trainer.device)
-    counts = dict(zip(here, distributed.all_reduce_sum(counts, trainer.dims.group("batch")).tolist(), strict=True))
+def tell_data(trainer: Trainer) -> None:
+    """Log and note what this run's rows were made of: how full they were, what each source has given since the job
+    began, and what could not be read or was too long. Collective."""
+    loader, group = trainer.loader, trainer.dims.group("batch")
+    skipped, here = loader.skipped(), loader.report()  # of the same sources on all ranks
+    numbers = [here["row_tokens"], here["padding_tokens"], here["dropped_documents"], *skipped.values()]
+    totals = distributed.all_reduce_sum(torch.tensor(numbers, device=trainer.device), group).tolist()
+    places, padding, dropped, *counts = totals
+    given = _mixture(trainer)
+    if places:
+        note = {"rows_filled": 1 - padding / places, "dropped_documents": dropped, "sources": given}
+        trainer.sinks.note({"event": "data", "step": trainer.progress.step, **note})
+    unit, whole = trainer.job.data.unit, sum(given.values())
+    mixed = ""
+    if len(given) > 1 and whole:
+        mixed = f"; of the {unit} so far: " + ", ".join(f"{name} {count / whole:.1%}" for name, count in given.items())
+    if padding or mixed:
+        logger.info("data: rows were filled to %s%s", f"{1 - padding / places:.1%}", mixed)
+    if dropped:
+        logger.info("documents that were left out, longer than a row: %d", dropped)
+    _tell_skipped(trainer, dict(zip(skipped, counts, strict=True)))
+
+
+def _mixture(trainer: Trainer) -> dict[str, int]:
+    """What each source has given since the job began, by the cursors of all ranks' rows; empty if nobody knows."""
+    cursors, dims = trainer.settled.cursors, trainer.dims
+    if cursors is None:
+        return {}
+    table = cursors.new_zeros(trainer.loader.global_batch, cursors.shape[1], device=trainer.device)
+    table[dims.data_rank :: dims.data_degree] = cursors.to(trainer.device)
+    return trainer.loader.mixture(distributed.all_reduce_sum(table, dims.group("batch")).tolist())
+
+
+def _tell_skipped(trainer: Trainer, counts: dict[str, int]) -> None:
     if not any(counts.values()):
         return
     found = ", ".join(f"{name} {count}" for name, count in counts.items() if count and name)

@@ -48,7 +48,7 @@ from trainer.compare import compare_ranks
 from trainer.config.output import to_toml
 from trainer.parts import Parts, Progress
 from trainer.persistence import Persistence
-from trainer.report import describe_job, save_run, tell_skipped
+from trainer.report import describe_job, save_run, tell_data
 from trainer.settle import settle, sizes
 from trainer.validator import Validator
 
@@ -446,7 +446,7 @@ class Trainer:
     def close(self) -> None:
         """Flush what is reported, end worker processes and process groups. Collective."""
         self.standing.phase = "end"
-        tell_skipped(self)
+        tell_data(self)
         self.sinks.close()
         self.collector.close()
         if self.validator:
