@@ -14,6 +14,7 @@ import functools
 import importlib
 import logging
 import os
+import socket
 import traceback
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -34,7 +35,7 @@ BLOCK_BYTES = 4 << 20
 """Of results that a task gathers before it hands them on."""
 TRIES = 4
 """Times that a unit is begun, before it is said that its processes end."""
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 """Environment of Ray, where it is not set otherwise."""
 
 
@@ -188,13 +189,21 @@ def _ray(address: str | None, workers: int | None) -> Iterator[Any]:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     here: dict[str, Any] = {"num_cpus": workers, "include_dashboard": False} if address is None else {}
     try:
+        _reach(address)
         ray.init(address or "local", **here, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(f"--ray {address or ''}: cannot be reached ({error}); give a cluster's address") from error
     try:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _reach(address: str | None) -> None:
+    """Raises OSError if nobody listens at a HOST:PORT: Ray would try for minutes."""
+    host, _, port = (address or "").rpartition(":")
+    if host and port.isdecimal() and "/" not in host:
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _results(ray: Any, encoder: ChunkEncoder, work: list[Unit], size: int) -> Generator[EncodedChunk]:
@@ -211,7 +220,7 @@ def _results(ray: Any, encoder: ChunkEncoder, work: list[Unit], size: int) -> Ge
     context.execution_options.resource_limits = ray.data.ExecutionResources(object_store_memory=BUDGET * size)
     numbers = ray.data.from_items([{"id": number} for number in range(len(work))], override_num_blocks=len(work))
     held = [ray.put((encoder, work)), ray.remote(num_cpus=0)(Tries).remote()]
-    tasks = ray.data.TaskPoolStrategy(size=size)
+    tasks = ray.data.TaskPoolStrategy(size=min(size, len(work)))
     rows = numbers.map_batches(encode_batch, fn_kwargs={"held": held}, batch_size=1, compute=tasks)
     results = iter(rows.iter_rows())
     try:

@@ -105,6 +105,10 @@ class TestRay:
         assert written(tmp_path / "ray_text_document") == written(tmp_path / "local_text_document") == expected(RECORDS)
         assert report["documents"] == local["documents"] == 120
 
+    def test_an_address_where_nobody_is_is_told_at_once(self, files: list[Path], tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match=r"--ray 127\.0\.0\.1:1: cannot be reached \(.*refused"):
+            preprocess_over_ray(options(tmp_path / "out", *files), "127.0.0.1:1")
+
     def test_errors_are_told_in_their_order(
         self, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
