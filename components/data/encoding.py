@@ -5,6 +5,7 @@ record at a time and draws, if at all, by the place of the record in the job's o
 of the config, whoever reads it and however often.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -15,6 +16,7 @@ from components.data.origins import Origin
 from components.data.tokenizer import Tokenizer
 from components.runtime.errors import DataError
 
+SURROGATE = re.compile("[\ud800-\udfff]")
 Where = Callable[[], str]
 """`file:line` of a record, asked only when it is needed for a message."""
 
@@ -113,7 +115,7 @@ def field_of(record: Mapping[str, Any], field: str, where: Where) -> str:
 
 def whole_text(text: str, what: str, where: Where) -> str:
     """The text, if it is made of characters. Raises BadRecord."""
-    if not text.isascii() and any("\ud800" <= x <= "\udfff" for x in text):
+    if not text.isascii() and SURROGATE.search(text):
         raise _bad(where, f"{what} holds half of a surrogate pair, which is no character")
     return text
 

@@ -276,8 +276,16 @@ def _blocks(source: RowSource, cursors: Mapping[int, Cursor]) -> Iterator[_Block
         padding = missing * source.seq_len
         source.counts.padding_tokens += padding
         source.counts.row_tokens += padding
-        rows = np.stack([np.stack(filler if x is None else x[0]) for x in made], axis=1)  # (4, rows, seq)
-        yield _Block(torch.from_numpy(rows), torch.tensor(last), source.counts.copy(), missing == len(made))
+        rows = torch.empty(len(Row._fields), len(made), source.seq_len, dtype=torch.int64)
+        _fill(rows.numpy(), [filler if x is None else x[0] for x in made])
+        yield _Block(rows, torch.tensor(last), source.counts.copy(), missing == len(made))
+
+
+def _fill(block: np.ndarray, rows: Sequence[Row]) -> None:
+    """Write rows into a block, each number once. # (4, rows, seq)"""
+    for r, row in enumerate(rows):
+        for field, values in zip(block, row, strict=True):
+            field[r] = values
 
 
 class _WorkerRows(IterableDataset[_Block | EspalierError | None]):

@@ -64,9 +64,12 @@ MakeRow = Callable[[Sequence[Encoded]], Row]
 
 
 def fitted(document: Encoded, packing: Packing, where: Where) -> Encoded | None:
-    """The document as it is packed; None if it is dropped. Raises BadRecord if documents may not be that long."""
+    """The document as it is packed where packing does not cut; None if it is dropped.
+
+    Raises BadRecord if documents may not be that long.
+    """
     most = packing.seq_len + 1
-    if len(document.tokens) <= most or packing.kind == "concat" or packing.long_documents == "split":
+    if len(document.tokens) <= most or packing.long_documents == "split":
         return document
     match packing.long_documents:
         case "truncate":
@@ -245,6 +248,7 @@ def _row(parts: Sequence[Encoded], packing: Packing, counts: Counts) -> Row:
 
 def _targets(parts: Sequence[Encoded]) -> np.ndarray | None:
     """At which tokens a loss is taken; None: all. # (tokens,) bool"""
-    if all(x.targets is None for x in parts):
+    targets = [x.targets for x in parts]
+    if not any(x is not None for x in targets):
         return None
     return np.concatenate([np.ones(len(x.tokens), bool) if x.targets is None else x.targets for x in parts])

@@ -32,9 +32,11 @@ def choose(served: Sequence[int], lengths: Sequence[int | None], weights: Sequen
         lengths: Of each source's next document, in the same unit; None: it has ended.
         weights: Shares, as positive integers.
     """
+    if len(lengths) == 1:
+        return None if lengths[0] is None else 0
     active = [d for d, length in enumerate(lengths) if length is not None]
-    if len(active) < 2:
-        return active[0] if active else None
+    if not active:
+        return None
     total, weight = sum(served[d] for d in active), sum(weights[d] for d in active)
     best: int | None = None
     for d in active:

@@ -117,14 +117,14 @@ def make_row(
         tokens = np.concatenate([tokens, np.zeros(missing, np.int64)])
         document_ids = np.concatenate([document_ids, np.full(missing, document_ids[-1] + 1)])
     ids, labels, positions = document_ids[:-1], tokens[1:].copy(), np.arange(seq_len)
-    border = document_ids[1:] != ids
+    last = np.flatnonzero(document_ids[1:] != ids)  # tokens of their documents; indices are faster than a mask
     if not cross_document_labels:
-        labels[border] = IGNORE
+        labels[last] = IGNORE
     if targets is not None:
         labels[: len(targets) - 1][~targets[1:]] = IGNORE
     labels[seq_len - missing :] = IGNORE
     if document_mask:
-        begins = np.concatenate([[0], np.flatnonzero(border[:-1]) + 1])
+        begins = np.concatenate([[0], last[last < seq_len - 1] + 1])
         positions -= begins[ids]
     return Row(tokens[:-1], labels, positions, ids)
 

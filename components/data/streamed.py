@@ -123,7 +123,7 @@ class StreamedRows:
         encoded = source.encoder.encode(_read(document), document.where, Seat(document.epoch, document.position))
         if self.listener is not None:
             encoded = encoded._replace(origin=Origin(source.name, document.where(), 0, len(encoded.tokens)))
-        return fitted(encoded, self._packing, document.where)
+        return encoded if self._packing.kind == "concat" else fitted(encoded, self._packing, document.where)
 
     def _mean(self, source: StreamSource) -> int:
         """What a document of a source counts, in the mean over the first of its order that can be read."""
