@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,19 @@ def test_pieces_and_looks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().out == "document 0: 0 tokens: \n"
     assert call("stats", tmp_path / "nothing") == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}/nothing.idx: no such file; ")
+
+
+def test_a_terminal_gets_a_progress_bar(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", RECORDS * 40)
+    command = [sys.executable, str(ROOT / "scripts/preprocess_data.py"), "run", "--input", str(file), "--output", "out"]
+    master, slave = pty.openpty()
+    done = subprocess.run([*command, "--tokenizer", str(TOKENIZER), "--workers", "0"], cwd=tmp_path, stderr=slave)
+    os.close(slave)
+    shown = os.read(master, 1 << 16).decode()
+    os.close(master)
+    assert done.returncode == 0
+    assert "1,600 documents, " in shown
+    assert "100%" in shown
 
 
 def test_importing_the_tool_brings_no_torch() -> None:
