@@ -9,13 +9,14 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import torch
 import zstandard
 from torch import Tensor
 
 from components.config.training import DataLoader
 from components.data.documents import RandomAccess, Read, Sequential, place_of
-from components.data.encoding import Encoder, TextEncoder, Where, text_in
+from components.data.encoding import Encoder, TextEncoder, TokensEncoder, Where, text_in
 from components.data.files import open_files
 from components.data.indexed import IndexedRows, SyntheticRows
 from components.data.loader import Loader, StepRows
@@ -94,6 +95,61 @@ def streamed(
         skip_bad=skip_bad,
         fingerprint={"streams": streams},
     )
+
+
+class Numbered:
+    """Documents of given lengths whose tokens tell document and place: document d is 100·d, 100·d + 1, …"""
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.lengths = lengths
+        self.fingerprint: dict[str, Any] = {"lengths": list(lengths)}
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def document(self, index: int) -> np.ndarray:
+        return 100 * index + np.arange(self.lengths[index])
+
+
+MIXINGS = ("one", "tokens", "documents", "limited")
+
+
+def mixed(
+    folder: Path, kind: str, mixing: str, *, streams: int = 6, seed: int | None = 7, packing: Any = "concat"
+) -> RowSource:
+    """Small sources of one kind ("random", "sequential", "ids", or each of another: "mixed"; "synthetic"), mixed."""
+    if kind == "synthetic":
+        return synthetic(4)
+    several = mixing != "one"
+    names, kinds = "abc" if several else ("",), ("random", "sequential", "ids")
+    sources = [
+        _source_of(kinds[i] if kind == "mixed" else kind, folder, name, i, streams, seed, mixing)
+        for i, name in enumerate(names)
+    ]
+    return StreamedRows(
+        sources,
+        Packing(SEQ, kind=packing, window=2),
+        unit="documents" if mixing == "documents" else "tokens",
+        ending="repeat",
+        skip_bad=False,
+        fingerprint={"streams": streams},
+    )
+
+
+def _source_of(
+    kind: str, folder: Path, name: str, number: int, streams: int, seed: int | None, mixing: str
+) -> StreamSource:
+    documents = texts((23, 9, 5)[number], (20, 30, 12)[number])
+    encoder: Encoder = text_encoder()
+    source: RandomAccess | Sequential
+    if kind == "ids":
+        source, encoder = Numbered([len(x) // 4 for x in documents]), TokensEncoder(1 << 20)
+    else:
+        path = folder / f"{name}.{'jsonl' if kind == 'random' else 'jsonl.gz'}"
+        source = open_files(str(path if path.exists() else write_lines(path, documents)))
+    epochs = 2 if mixing == "limited" and number == 1 else None
+    dealt = deal(source, name=name, streams=streams, seed=seed, epochs=epochs, window=5)
+    return StreamSource(name, dealt, encoder, (0.7, 0.2, 0.1)[number])
 
 
 def synthetic(global_batch: int) -> IndexedRows:
