@@ -8,9 +8,9 @@ decreasing; Ding et al., Fewer Truncations Improve Language Modeling, 2024). `pa
 A row takes seq + 1 tokens, of which the last is only a label. A cursor is a number and the state of the mixture before
 the document, or window, that is being given: tokens of the document that are done (concat), rows of the window that
 are (best fit), rows of the document that are (padded). A resume makes that document or window again, so no token is
-saved; what it costs is a window's encoding. Carrying half-filled rows from window to window was rejected: a cursor would
-then be a buffer. Instead a window ends with the last document that its rows have place for: with 32 rows 97 to 99 % of
-the places are filled, where documents are shorter than rows.
+saved; what it costs is a window's encoding. Carrying half-filled rows from window to window was rejected: a cursor
+would then be a buffer. Instead a window ends with the last document that its rows have place for: with 32 rows 97 to
+99 % of the places are filled, where documents are shorter than rows.
 """
 
 from bisect import bisect_left, insort
