@@ -104,8 +104,7 @@ class Loader:
 
         `table` as for `state_dict`. Empty where the source of rows does not know.
         """
-        source = self._source
-        return source.mixture((*table, *self._rest(len(table)))) if isinstance(source, Mixed) else {}
+        return self._source.mixture(table) if table and isinstance(self._source, Mixed) else {}
 
     def listen(self, listener: Listener) -> bool:
         """Have the documents of each row told as it is made, row by row, to a process that has no workers; False: the

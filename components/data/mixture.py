@@ -1,12 +1,13 @@
 """The documents of one stream, mixed from its sources by quota.
 
 Each stream is a mixture of its own, exact over every prefix, so that no number of streams, ranks or workers changes the
-shares (docs/decisions/070). Its state is three integers for each source: epoch and position of the next document that
-has not been taken, and what has been taken so far. The price: the next document of every source, its head, is held
-encoded in every stream, since a quota asks for its length; a resume encodes the heads again.
+shares (docs/decisions/070). Its state is four integers for each source: epoch and position of the next document that
+has not been taken, what has been taken so far, and the phase. The price: the next document of every source, its head,
+is held encoded in every stream, since a quota asks for its length; a resume encodes the heads again.
 
 Streams that all began at zero would take a rare source's first document at the same step, and its later ones nearly so.
-So each begins at its own phase of the round, which `begin` draws from a sequence of low discrepancy.
+So each begins at its own phase of the round, as if so much had been taken before; `phases` draws it from a sequence of
+low discrepancy.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,6 +22,8 @@ from components.data.quota import choose
 from components.runtime.errors import DataError
 
 BARREN_EPOCHS = 16
+WIDTH = 4
+"""Integers that a mixture's state has of each source."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Taken(NamedTuple):
     """A document that was taken from a mixture."""
 
     state: tuple[int, ...]
-    """The mixture's state before: (epoch, position, served) of each source. A mixture opened there takes it again."""
+    """The mixture's state before. A mixture opened there takes the document again."""
     document: Encoded
 
 
@@ -66,12 +69,13 @@ class Mixture:
     ) -> None:
         self._feeds, self._weights, self._unit = feeds, weights, unit
         self._state = list(state)
+        self._served = [taken + phase for taken, phase in zip(state[2::WIDTH], state[3::WIDTH], strict=True)]
         self._heads: list[Encoded | None] = [None for _ in feeds]
         self._lengths: list[int | None] = [None for _ in feeds]
         self._unseen: Sequence[int] = range(len(feeds))
 
     def state(self) -> tuple[int, ...]:
-        """(epoch, position, served) of each source, of its next document that has tokens or of where it ended.
+        """Of each source: epoch and position of its next document that has tokens, or of where it ended; taken; phase.
 
         Raises DataError.
         """
@@ -83,28 +87,30 @@ class Mixture:
     def take(self) -> Taken | None:
         """The next document; None if all sources have ended. Raises DataError."""
         state = self.state()
-        chosen = choose(state[2::3], self._lengths, self._weights)
+        chosen = choose(self._served, self._lengths, self._weights)
         if chosen is None:
             return None
         head, length = self._heads[chosen], self._lengths[chosen]
         if head is None or length is None:
             return None
         self._heads[chosen], self._lengths[chosen], self._unseen = None, None, (chosen,)
-        self._state[3 * chosen + 2] += length
+        self._state[WIDTH * chosen + 2] += length
+        self._served[chosen] += length
         return Taken(state, head)
 
     def _look(self, d: int) -> None:
         """Go on to the source's next document that has tokens. Raises DataError if there seems to be none."""
         name, walk, encode = self._feeds[d]
-        last = self._state[3 * d]
+        at = WIDTH * d
+        last = self._state[at]
         while True:
             try:
                 document = next(walk)
             except StopIteration as end:
-                self._state[3 * d : 3 * d + 2] = end.value
+                self._state[at : at + 2] = end.value
                 return
             if (found := encode(document)) is not None:
-                self._state[3 * d : 3 * d + 2] = document.epoch, document.position
+                self._state[at : at + 2] = document.epoch, document.position
                 self._heads[d], self._lengths[d] = found, self._unit(found)
                 return
             if document.epoch > last + BARREN_EPOCHS:
@@ -118,8 +124,8 @@ def _barren(name: str) -> DataError:
     )
 
 
-def begin(lengths: Sequence[int], stream: int) -> list[int]:
-    """What each source counts as served when a stream begins: a share of its mean document's length.
+def phases(lengths: Sequence[int], stream: int) -> list[int]:
+    """What of each source counts as taken before a stream begins: a share of its mean document's length.
 
     Over streams 0 to n the shares of a source are spread evenly for any n, those of two sources independently: they are
     multiples, modulo 1, of the square roots of the primes. Stream 0 begins at zero.

@@ -1,8 +1,8 @@
 """Streamed rows: each stream encodes its own documents as they come, mixes the sources by quota and packs what it gets.
 
 A cursor is (k, and for each source: epoch, position of its next document that has not been taken, tokens or documents
-taken), where k says how much is done of what is being packed (components/data/packing.py). A resume encodes those
-documents again; no token is ever saved, and the position of no stream depends on another's.
+taken, phase), where k says how much is done of what is being packed (components/data/packing.py). A resume encodes
+those documents again; no token is ever saved, and the position of no stream depends on another's.
 """
 
 import traceback
@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from components.data.documents import BadRecord, Record
 from components.data.encoding import Encoded, Seat
-from components.data.mixture import Feed, Mixture, StreamSource, begin
+from components.data.mixture import WIDTH, Feed, Mixture, StreamSource, phases
 from components.data.order import Document, Place, Walk
 from components.data.origins import Listener, Origin
 from components.data.packing import Packing, fitted, rows_of
@@ -62,7 +62,7 @@ class StreamedRows:
             several = len(self._sources) > 1 and self.streams > 1
             lengths = [self._mean(x) if several else 0 for x in self._sources]
             self._begun = [
-                (0, *chain.from_iterable((0, s, served) for served in begin(lengths, s))) for s in range(self.streams)
+                (0, *chain.from_iterable((0, s, 0, phase) for phase in phases(lengths, s))) for s in range(self.streams)
             ]
         return self._begun
 
@@ -72,7 +72,7 @@ class StreamedRows:
             raise DataError(
                 f"the saved loader state has {len(table)} streams, this job {self.streams}; set data.streams to that"
             )
-        width = 1 + 3 * len(self._sources)
+        width = 1 + WIDTH * len(self._sources)
         if any(len(x) != width for x in table):
             raise DataError(
                 f"the saved loader state has cursors of {len(table[0])} numbers, this job of {width}, as many as its"
@@ -83,14 +83,13 @@ class StreamedRows:
     def mixture(self, table: Sequence[Sequence[int]]) -> dict[str, int]:
         """See Mixed. A document counts when it has been packed to its end."""
         unit = PER_DOCUMENT if self._per_document else 1
-        served = [sum(row[i] for row in table) for i in range(3, 3 * len(self._sources) + 1, 3)]
-        begun = [sum(row[i] for row in self.start()) for i in range(3, 3 * len(self._sources) + 1, 3)]
-        return {x.name: (a - b) // unit for x, a, b in zip(self._sources, served, begun, strict=True)}
+        taken = [sum(row[1 + WIDTH * d + 2] for row in table) for d in range(len(self._sources))]
+        return {x.name: a // unit for x, a in zip(self._sources, taken, strict=True)}
 
     def open(self, cursors: Mapping[int, Cursor]) -> list[Iterator[tuple[Row, Cursor]]]:
         """See RowSource."""
         walks = [
-            source.deal.open({s: Place(c[1 + 3 * d], c[2 + 3 * d]) for s, c in cursors.items()})
+            source.deal.open({s: Place(*c[1 + WIDTH * d :][:2]) for s, c in cursors.items()})
             for d, source in enumerate(self._sources)
         ]
         return [self._rows(c, [x[s] for x in walks]) for s, c in cursors.items()]

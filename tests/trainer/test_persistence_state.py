@@ -102,7 +102,7 @@ def forge(whole: Path, folder: Path, change: Callable[[dict[str, Any]], object])
         (lambda s: s["train_state"].pop("tokens"), "checkpoint step-2 does not fit: missing in its state: "),
         (lambda s: s.pop("lr_scheduler"), "checkpoint step-2 does not fit: missing in its state: lr_scheduler"),
         (
-            lambda s: s["dataloader"].update(table=[["a", "b", "c"]] * len(s["dataloader"]["table"])),
+            lambda s: s["dataloader"].update(table=[["a"] * 5] * len(s["dataloader"]["table"])),
             "checkpoint step-2: ValueError: invalid literal for int() with base 10: 'a'",
         ),
     ],

@@ -46,12 +46,12 @@ def streams_of(
 
 def test_state(path: str) -> None:
     (loader,) = streams_of(path, streams=5)
-    table = [[3, 0, 8, 50], [1, 0, 5, 17], [2, 1, 0, 90], [0, 0, 3, 0]]
+    table = [[3, 0, 8, 50, 0], [1, 0, 5, 17, 0], [2, 1, 0, 90, 0], [0, 0, 3, 0, 0]]
     assert loader.state_dict(table) == {
         "kind": "streamed",
         "fingerprint": {"streams": 5},
         "streams": 5,
-        "table": [*table, [0, 0, 4, 0]],
+        "table": [*table, [0, 0, 4, 0, 0]],
     }
     assert (loader.streams, loader.rows, loader.global_batch) == (5, 4, 4)
 

@@ -15,7 +15,7 @@ from components.data.documents import BadRecord, Record
 from components.data.encoding import Encoded, Seat, TokensEncoder, Where
 from components.data.indexed import IndexedRows, SyntheticRows
 from components.data.loader import Loader
-from components.data.mixture import Feed, Mixture, StreamSource, begin
+from components.data.mixture import Feed, Mixture, StreamSource, phases
 from components.data.order import Document, Place, RandomDeal, Walk, WindowedDeal, deal, named_seed
 from components.data.packing import Packing
 from components.data.quota import PER_DOCUMENT, choose, whole_weights
@@ -106,13 +106,13 @@ LENGTHS = {"a": [7, 3, 12, 5, 9] * 8, "b": [40, 22, 31] * 6, "c": [2, 1, 4] * 9}
 @pytest.mark.parametrize("packing", ["concat", "best_fit", "padded"])
 def test_each_stream_is_an_exact_mixture(streams: int, packing: str) -> None:
     (loader,) = loaders(rows(LENGTHS, [0.6, 0.3, 0.1], streams=streams, kind=packing), streams, 1)
-    start, bound = loader.state_dict([])["table"], 2 * 40  # a start within a document may add another's length
+    bound = 40 if streams == 1 else 2 * 40  # a start within a document may add another's length
     for _, table in run([loader], 150):
-        for cursor, begun in zip(table, start, strict=True):
-            served = [a - b for a, b in zip(cursor[3::3], begun[3::3], strict=True)]
+        for cursor in table:
+            served = cursor[3::4]
             errors = [got - sum(served) * w for got, w in zip(served, (0.6, 0.3, 0.1), strict=True)]
-            assert max(map(abs, errors)) < (40 if streams == 1 else bound)
-    assert min(sum(x[i] for x in table) for i in (3, 6, 9)) > 0
+            assert max(map(abs, errors)) < bound
+    assert min(sum(x[i] for x in table) for i in (3, 7, 11)) > 0
 
 
 def test_documents_as_the_unit() -> None:
@@ -122,16 +122,16 @@ def test_documents_as_the_unit() -> None:
         seen[int(batch[0, 0, 0]) // 100_000] += int(table[0][0] == 0)  # a long document's last row
         total = sum(seen.values())
         assert all(abs(seen[i] - total * w) < 1 for i, w in enumerate((0.5, 0.25, 0.25)))
-        assert table[0][3::3] == [seen[i] * PER_DOCUMENT for i in range(3)]
+        assert table[0][3::4] == [seen[i] * PER_DOCUMENT for i in range(3)]
         assert loader.mixture(table) == dict(zip("abc", (seen[i] for i in range(3)), strict=True))
 
 
 def test_phases_are_even_over_streams() -> None:
-    assert begin([100, 100, 1000], 0) == [0, 0, 0]
-    assert begin([100, 100, 1000], 1) == [41, 73, 236]
+    assert phases([100, 100, 1000], 0) == [0, 0, 0]
+    assert phases([100, 100, 1000], 1) == [41, 73, 236]
     for source in range(4):
         for count in (5, 16, 100, 1000):
-            shares = sorted(begin([1 << 30] * 4, s)[source] / (1 << 30) for s in range(count))
+            shares = sorted(phases([1 << 30] * 4, s)[source] / (1 << 30) for s in range(count))
             assert max(abs(x - i / count) for i, x in enumerate(shares)) < 3.5 * np.log2(count + 1) / count / 2
 
 
@@ -143,7 +143,7 @@ def test_streams_do_not_take_the_rare_source_all_at_once() -> None:
     means = np.array(shares).reshape(-1, 10).mean(1)  # of 32,000 tokens each
     assert 0.03 < means.min() < means.max() < 0.07
     source = rows(lengths, [0.95, 0.05], streams=32, seq_len=100)
-    source._begun = [(0, 0, s, 0, 0, s, 0) for s in range(32)]
+    source._begun = [(0, 0, s, 0, 0, 0, s, 0, 0) for s in range(32)]
     (loader,) = loaders(source, 32, 1)
     at_once = [float((batch[:, 0] >= 100_000).double().mean()) for batch, _ in run([loader], 20)]
     assert max(at_once) == 1  # what phases are for
@@ -151,11 +151,10 @@ def test_streams_do_not_take_the_rare_source_all_at_once() -> None:
 
 
 def test_one_source_or_one_stream_begins_at_zero() -> None:
-    assert rows({"a": [5] * 9}, [1], streams=4).start() == [(0, 0, s, 0) for s in range(4)]
-    assert rows(LENGTHS, [1, 1, 1], streams=1).start() == [(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)]
-    assert rows(LENGTHS, [1, 1, 1], streams=2).start()[0] == (0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
-    means = rows(LENGTHS, [1, 1, 1], streams=2, seed=None).start()[1][3::3]
-    assert means == tuple(begin([7, 31, 2], 1))
+    assert rows({"a": [5] * 9}, [1], streams=4).start() == [(0, 0, s, 0, 0) for s in range(4)]
+    assert rows(LENGTHS, [1, 1, 1], streams=1).start() == [(0,) * 13]
+    assert rows(LENGTHS, [1, 1, 1], streams=2).start()[0] == (0,) * 13
+    assert rows(LENGTHS, [1, 1, 1], streams=2, seed=None).start()[1][4::4] == tuple(phases([7, 31, 2], 1))
 
 
 def test_a_source_with_a_name_has_an_order_of_its_own() -> None:
@@ -193,7 +192,7 @@ def test_data_end_when_all_sources_have() -> None:
     assert loader.ends
     steps = list(run([loader]))
     assert len(steps) == 10 + 9
-    assert steps[-1][1] == [[0, 1, 0, 80, 3, 0, 72]]
+    assert steps[-1][1] == [[0, 1, 0, 80, 0, 3, 0, 72, 0]]
     assert loader.mixture(steps[-1][1]) == {"a": 80, "b": 72}
     again = rows({"a": [8] * 10, "b": [8] * 3}, [1, 1], streams=1, epochs={"b": 4}, kind="padded")
     (more,) = loaders(again, 1, 1)
@@ -229,11 +228,11 @@ def test_a_walk_returns_where_it_would_go_on(streams: int) -> None:
 def test_what_has_been_served() -> None:
     source = rows(LENGTHS, [0.6, 0.3, 0.1], streams=4)
     (loader,) = loaders(source, 3, 1)  # one stream has not begun
-    assert loader.mixture([]) == {"a": 0, "b": 0, "c": 0}
+    assert loader.mixture([]) == {}
+    assert loader.mixture(source.start()) == {"a": 0, "b": 0, "c": 0}
     *_, (_, table) = run([loader], 60)
     got = loader.mixture(table)
-    begun = source.start()
-    assert got["b"] == sum(table[s][6] - begun[s][6] for s in range(3))
+    assert got == {"a": sum(x[3] for x in table), "b": sum(x[7] for x in table), "c": sum(x[11] for x in table)}
     assert abs(sum(got.values()) - 3 * 60 * 16) < 3 * 40
     assert loaders(IndexedRows(Two(), global_batch=2, document_mask=False, ending="stop"), 2, 1)[0].mixture(
         [[6], [7]]
@@ -267,9 +266,9 @@ def test_a_loaded_state_needs_no_start(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_table_of_other_sources_is_refused() -> None:
     with pytest.raises(DataError) as error:
-        rows(LENGTHS, [1, 1, 1], streams=2).resume([[0, 0, 0, 0]] * 2)
+        rows(LENGTHS, [1, 1, 1], streams=2).resume([[0] * 5] * 2)
     assert str(error.value) == (
-        "the saved loader state has cursors of 4 numbers, this job of 10, as many as its sources ask for;"
+        "the saved loader state has cursors of 5 numbers, this job of 13, as many as its sources ask for;"
         " give the sources that the state was saved with"
     )
 
@@ -304,7 +303,7 @@ def test_a_mean_is_of_what_can_be_read() -> None:
         skip_bad=True,
         fingerprint={},
     )
-    assert source.start()[1][3::3] == tuple(begin([5, 9], 1))
+    assert source.start()[1][4::4] == tuple(phases([5, 9], 1))
     assert sum(source.counts.skipped.values()) == 0
     list(run(loaders(source, 2, 1), 3))
     assert source.counts.skipped == {"a": 1, "b": 0}
@@ -320,11 +319,11 @@ def test_a_mixture_goes_on_from_its_state() -> None:
         tokens = document.read()
         return Encoded(tokens, None) if len(tokens) else None
 
-    whole = mixture((0, 0, 0))
+    whole = mixture((0, 0, 0, 0))
     first, second = whole.take(), whole.take()
     assert first is not None
     assert second is not None
-    assert (first.state, second.state, whole.state()) == ((0, 0, 0), (0, 2, 3), (1, 0, 8))
+    assert (first.state, second.state, whole.state()) == ((0, 0, 0, 0), (0, 2, 3, 0), (1, 0, 8, 0))
     assert whole.take() is None
     again = mixture(second.state).take()
     assert again is not None

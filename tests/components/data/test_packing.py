@@ -52,7 +52,7 @@ def made(lengths: list[int], kind: Any, *, seq_len: int = 15, window: int = 3, *
     def encode(document: Any) -> Encoded | None:
         return fitted(encoder.encode(document.read(), document.where, Seat(0, 0)), settings, document.where)
 
-    mixture = Mixture([Feed("", walk, encode)], [1], lambda x: len(x.tokens), (0, 0, 0))
+    mixture = Mixture([Feed("", walk, encode)], [1], lambda x: len(x.tokens), (0, 0, 0, 0))
     return list(rows_of(mixture, settings, 0, counts, pad=True)), counts
 
 
@@ -102,7 +102,7 @@ def test_rows_of_best_fit() -> None:
     assert second.labels.tolist() == [101, 102, 103, IGNORE, *range(201, 207), *[IGNORE] * 5]
     assert second.positions.tolist() == [*range(4), *range(7), 0, 1, 2, 3]
     assert second.document_ids.tolist() == [*[0] * 4, *[1] * 7, *[2] * 4]
-    assert [x for _, x in rows] == [(1, 0, 0, 0), (0, 0, 4, 27), (0, 1, 0, 43)]
+    assert [x for _, x in rows] == [(1, 0, 0, 0, 0), (0, 0, 4, 27, 0), (0, 1, 0, 43, 0)]
     assert (counts.padding_tokens, counts.row_tokens) == (4, 45)
 
 
@@ -112,7 +112,7 @@ def test_how_full_rows_are(window: int, least: float) -> None:
     lengths = [max(2, min(1025, int(draw.lognormvariate(5, 1)))) for _ in range(4000)]
     walk = RandomDeal(Numbered(lengths), streams=1, seed=0, epochs=None).open({0: Place(0, 0)})[0]
     counts, packing = Counts(), Packing(1024, kind="best_fit", window=window)
-    mixture = Mixture([Feed("", walk, lambda x: Encoded(np.asarray(x.read()), None))], [1], lambda x: 1, (0, 0, 0))
+    mixture = Mixture([Feed("", walk, lambda x: Encoded(np.asarray(x.read()), None))], [1], lambda x: 1, (0, 0, 0, 0))
     list(islice(rows_of(mixture, packing, 0, counts, pad=False), 512))
     assert counts.row_tokens == 512 * 1024
     assert 1 - counts.padding_tokens / counts.row_tokens > least
@@ -124,7 +124,7 @@ def test_padded_gives_each_document_its_row() -> None:
     ignored = [IGNORE] * 4
     assert [row.labels.tolist() for row, _ in rows] == [[1, 2, IGNORE, IGNORE], [101, 102, 103, 104], ignored]
     assert [row.document_ids.tolist() for row, _ in rows] == [[0, 0, 0, 1], [0] * 4, [0, 1, 1, 1]]
-    assert [x for _, x in rows] == [(0, 0, 1, 3), (0, 0, 2, 8), (0, 1, 0, 9)]
+    assert [x for _, x in rows] == [(0, 0, 1, 3, 0), (0, 0, 2, 8, 0), (0, 1, 0, 9, 0)]
     assert (counts.padding_tokens, counts.row_tokens) == (4, 12)
 
 
@@ -143,7 +143,7 @@ def test_long_documents(kind: str, policy: str, rows: list[list[int]]) -> None:
     documents = [x for row, _ in got for x in held(row)]
     assert documents == rows if kind == "padded" else sorted(documents) == rows
     state = {"split": 15, "drop": 5}.get(policy, 10)  # what has been served
-    assert got[-1][1] == (0, 1, 0, state)
+    assert got[-1][1] == (0, 1, 0, state, 0)
 
 
 def test_split_documents_predict_each_token_once() -> None:
@@ -151,7 +151,7 @@ def test_split_documents_predict_each_token_once() -> None:
         rows, _ = made([length], "padded", seq_len=4)
         assert [int(x) for row, _ in rows for x in row.labels if x != IGNORE] == list(range(1, length))
     rows, _ = made([11], "padded", seq_len=4)
-    assert [cursor for _, cursor in rows] == [(1, 0, 0, 0), (2, 0, 0, 0), (0, 1, 0, 11)]
+    assert [cursor for _, cursor in rows] == [(1, 0, 0, 0, 0), (2, 0, 0, 0, 0), (0, 1, 0, 11, 0)]
     rows, _ = made([3, 90, 5], "best_fit", seq_len=4, window=2)  # longer than a window
     assert [int(x) for row, _ in rows for x in row.labels if 100 <= x < 200] == list(range(101, 190))
 

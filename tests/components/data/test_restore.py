@@ -104,7 +104,7 @@ def test_a_run_repeats(tmp_path: Path, kind: str) -> None:
 def test_streams_that_have_not_begun_keep_their_start(tmp_path: Path) -> None:
     (loader,) = loaders(mixed(tmp_path, "random", "one"), BATCH, 1)
     table = next(run([loader], 1))[1]
-    assert loader.state_dict(table)["table"][4:] == [[0, 0, 4, 0], [0, 0, 5, 0]]
+    assert loader.state_dict(table)["table"][4:] == [[0, 0, 4, 0, 0], [0, 0, 5, 0, 0]]
 
 
 def test_indexed_rows_go_on_under_another_batch() -> None:
