@@ -92,17 +92,17 @@ def tell_data(trainer: Trainer) -> None:
     totals = distributed.all_reduce_sum(torch.tensor(numbers, device=trainer.device), group).tolist()
     places, padding, dropped, *counts = totals
     given = _mixture(trainer)
-    if places:
-        note = {"rows_filled": 1 - padding / places, "dropped_documents": dropped, "sources": given}
-        trainer.sinks.note({"event": "data", "step": trainer.progress.step, **note})
     unit, whole = trainer.job.data.unit, sum(given.values())
     mixed = ""
     if len(given) > 1 and whole:
         mixed = f"; of the {unit} so far: " + ", ".join(f"{name} {count / whole:.1%}" for name, count in given.items())
     if padding or mixed:
-        logger.info("data: rows were filled to %s%s", f"{1 - padding / places:.1%}", mixed)
+        logger.info("data: rows were filled to %s%s", f"{1 - padding / max(places, 1):.1%}", mixed)
     if dropped:
         logger.info("documents that were left out, longer than a row: %d", dropped)
+    if padding or mixed or dropped:
+        filled = {"rows_filled": 1 - padding / max(places, 1), "dropped_documents": dropped, "sources": given}
+        trainer.sinks.note({"event": "data", "step": trainer.progress.step, **filled})
     _tell_skipped(trainer, dict(zip(skipped, counts, strict=True)))
 
 
