@@ -22,7 +22,7 @@ from components.data.registry import datasets, open_dataset, open_path
 from components.data.splits import TokenSlice, is_shares, share_bounds, take_share
 from components.data.token_files import TokenFiles, open_tokens
 from components.data.token_paths import is_tokens
-from components.data.token_rows import TokenPart, Tokens
+from components.data.token_rows import Tokens
 from components.data.token_shards import Marks
 from components.data.tokenizer import Tokenizer
 from components.runtime.errors import ConfigError, DataError
@@ -94,7 +94,7 @@ class Opener:
             bounds = (0, files.sequences)
             if source.split is not None:
                 bounds = share_bounds(source.split, 0, files.sequences, split_of(name))
-            tokens = TokenPart(files, *bounds, sequences=True)
+            tokens = TokenSlice(files, *bounds, sequences=True)
         return Opened(name, part, TokensEncoder(self.vocab_size), source.weight, source.epochs, tokens)
 
     def documents(self, source: Source) -> RandomAccess | Sequential | RowIndex:

@@ -80,34 +80,39 @@ class Slice:
 
 
 class TokenSlice(Slice):
-    """The same of token files, with lengths and parts of documents, so that rows can be indexed."""
+    """The same of token files, with lengths and parts of documents, so that rows can be indexed.
 
-    def __init__(self, source: TokenFiles, start: int, stop: int) -> None:
+    With `sequences` its documents are the files' sequences, Megatron-LM's unit of GPT data.
+    """
+
+    def __init__(self, source: TokenFiles, start: int, stop: int, *, sequences: bool = False) -> None:
         super().__init__(source, start, stop)
-        self._tokens = source
+        self._tokens, self._unit = source, "sequences" if sequences else "documents"
 
     @property
     def lengths(self) -> np.ndarray:
-        """See TokenFiles."""
-        return self._tokens.lengths[self._start : self._stop]
-
-    @property
-    def tokens(self) -> int:
-        """Tokens in all."""
-        return int(self.lengths.sum())
+        """Tokens of each document. # (documents,) int64"""
+        whole = self._tokens.sequence_lengths if self._unit == "sequences" else self._tokens.lengths
+        return whole[self._start : self._stop]
 
     @property
     def content_key(self) -> str:
-        """That of the whole, and which documents."""
-        return f"{self._tokens.content_key}-{self._start}-{self._stop}"
+        """That of the whole, and which part of it."""
+        return f"{self._tokens.content_key} {self._unit} {self._start}:{self._stop}"
 
     def document(self, index: int) -> np.ndarray:
-        """See TokenFiles."""
-        return self._tokens.document(self._at(index))
+        """See RandomAccess."""
+        return self.read(index)
 
     def read(self, index: int, offset: int = 0, count: int | None = None) -> np.ndarray:
         """See TokenFiles."""
-        return self._tokens.read(self._at(index), offset, count)
+        read = self._tokens.read_sequence if self._unit == "sequences" else self._tokens.read
+        return read(self._at(index), offset, count)
+
+    def place(self, index: int) -> str:
+        """See Placed."""
+        place = self._tokens.sequence_place if self._unit == "sequences" else self._tokens.place
+        return place(self._at(index))
 
 
 def take_share(source: RandomAccess, split: str, part: int, key: str) -> Slice:

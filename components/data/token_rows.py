@@ -7,12 +7,11 @@ import numpy as np
 
 from components.data.documents import place_of
 from components.data.origins import Origin
-from components.data.token_files import TokenFiles
 from components.runtime.errors import DataError
 
 
 class Tokens(Protocol):
-    """Documents that are token ids, as TokenFiles are."""
+    """Documents that are token ids, as those of TokenFiles and TokenSlice are."""
 
     @property
     def lengths(self) -> np.ndarray:
@@ -39,34 +38,6 @@ class TokenSource(NamedTuple):
     """Share in the mixture. None for all: Megatron-LM's order by the sources' sizes."""
     epochs: int | None = None
     """Passes after which it leaves the mixture (native order only); None: the ending decides."""
-
-
-class TokenPart:
-    """Tokens: consecutive documents of token files, or consecutive sequences, Megatron-LM's unit of GPT data."""
-
-    def __init__(self, files: TokenFiles, start: int, stop: int, *, sequences: bool = False) -> None:
-        self._files, self._start, self._stop, self._sequences = files, start, stop, sequences
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """See Tokens."""
-        whole = self._files.sequence_lengths if self._sequences else self._files.lengths
-        return whole[self._start : self._stop]
-
-    @property
-    def content_key(self) -> str:
-        """That of the whole, and which part of it."""
-        unit = "sequences" if self._sequences else "documents"
-        return f"{self._files.content_key} {unit} {self._start}:{self._stop}"
-
-    def read(self, index: int, offset: int = 0, count: int | None = None) -> np.ndarray:
-        """See Tokens."""
-        read = self._files.read_sequence if self._sequences else self._files.read
-        return read(self._start + index, offset, count)
-
-    def place(self, index: int) -> str:
-        """See Placed."""
-        return (self._files.sequence_place if self._sequences else self._files.place)(self._start + index)
 
 
 class Piece(NamedTuple):

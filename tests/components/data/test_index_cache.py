@@ -13,8 +13,9 @@ import pytest
 from components.data import index_cache
 from components.data.index_cache import Arrays, IndexCache, default_folder
 from components.data.native_rows import NativeRows
+from components.data.splits import TokenSlice
 from components.data.token_files import open_tokens
-from components.data.token_rows import TokenPart, TokenSource
+from components.data.token_rows import TokenSource
 from components.runtime.logging import logger
 from tests.components.data.token_sources import write_tokens
 
@@ -228,7 +229,7 @@ def test_no_cache_folder_at_all(monkeypatch: pytest.MonkeyPatch, messages: list[
 def test_files_of_the_same_size_and_time_but_another_content_have_another_index(tmp_path: Path) -> None:
     def rows() -> NativeRows:
         files = open_tokens(str(tmp_path / "x"))
-        part = TokenSource("x", TokenPart(files, 0, len(files)))
+        part = TokenSource("x", TokenSlice(files, 0, len(files)))
         return NativeRows([part], seq_len=4, rows=9, seed=1, ending="stop", cache=IndexCache(tmp_path / "cache"))
 
     write_tokens(tmp_path / "x", [[1, 2, 3, 4], [5, 6, 7, 8, 9, 10, 11]])

@@ -13,8 +13,9 @@ from components.data import megatron_rows
 from components.data.index_cache import IndexCache
 from components.data.megatron_order import blend, document_index, epochs_of, shuffle_index
 from components.data.megatron_rows import MegatronRows
+from components.data.splits import TokenSlice
 from components.data.token_files import open_tokens
-from components.data.token_rows import TokenPart, Tokens, TokenSource
+from components.data.token_rows import Tokens, TokenSource
 from components.data.token_writer import IndexedWriter
 from components.runtime.errors import ConfigError, DataError
 from tests.components.data.token_sources import NoCache, source
@@ -91,14 +92,19 @@ def test_files_are_taken_by_sequences(tmp_path: Path) -> None:
         writer.add_document(np.arange(9), [4, 3, 2])
         writer.add_document(np.arange(9, 14), [5])
     files = open_tokens(str(tmp_path / "x"))
-    part = TokenPart(files, 1, 4, sequences=True)
+    part = TokenSlice(files, 1, 4, sequences=True)
     assert part.lengths.tolist() == [3, 2, 5]
     assert [part.read(i).tolist() for i in range(3)] == [[4, 5, 6], [7, 8], [9, 10, 11, 12, 13]]
     assert part.read(2, 1, 2).tolist() == [10, 11]
     rows = MegatronRows([TokenSource("", part)], seq_len=3, samples=20, seed=1, cache=NoCache())
     assert [_tokens(rows, n) for n in range(20)] == _slow_samples(part, 20, 3, 1)[:20]
-    assert TokenPart(files, 1, 2).read(0).tolist() == [9, 10, 11, 12, 13]
-    assert TokenPart(files, 0, 2).content_key == f"{files.content_key} documents 0:2"
+    assert TokenSlice(files, 1, 2).read(0).tolist() == [9, 10, 11, 12, 13]
+    assert part.document(2).tolist() == [9, 10, 11, 12, 13]
+    assert [part.place(i) for i in (0, 2)] == [f"{tmp_path}/x: sequence {i}" for i in (1, 3)]
+    with pytest.raises(IndexError, match="no document 3 among 3"):
+        part.read(3)
+    assert part.content_key == f"{files.content_key} sequences 1:4"
+    assert TokenSlice(files, 0, 2).content_key == f"{files.content_key} documents 0:2"
 
 
 def test_a_copy_maps_the_arrays_itself(tmp_path: Path) -> None:

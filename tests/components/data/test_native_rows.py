@@ -19,8 +19,9 @@ from components.data.native_order import Mixture, OwnOrder, Progress, Unit
 from components.data.native_rows import NativeRows
 from components.data.quota import whole_weights
 from components.data.rows import Ending
+from components.data.splits import TokenSlice
 from components.data.token_files import open_tokens
-from components.data.token_rows import TokenPart, TokenSource
+from components.data.token_rows import TokenSource
 from components.runtime.errors import DataError
 from tests.components.data.corpus import loaders, run
 from tests.components.data.token_sources import NoCache, numbered, source, write_tokens
@@ -164,7 +165,7 @@ def indexed(folder: Path, order: str) -> IndexedRows:
         if not prefix.with_suffix(".idx").exists():
             write_tokens(prefix, numbered(lengths, 1000 * d))
         files = open_tokens(str(prefix))
-        part = TokenPart(
+        part = TokenSlice(
             files, 0, files.sequences if order == "megatron" else len(files), sequences=order == "megatron"
         )
         sources.append(TokenSource(str(d), part, (1.0, 3.0, 0.2)[d]))
