@@ -6,14 +6,14 @@ storage are streamed: to index them would mean to fetch them whole, and to read 
 """
 
 import json
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
+from components.data.compressed import CODECS, Damaged, decompressed
 from components.data.documents import Read, bad_record, decode, record_of
 from components.data.watch import EVERY, DataFile, LocalFile, chunks, fingerprint_of
 from components.runtime.errors import DataError
@@ -74,12 +74,12 @@ class JsonLinesStream:
     def _file(self, file: DataFile) -> Iterator[Read]:
         number = 0
         try:
-            for number, line in enumerate(_lines(_plain(file)), start=1):
+            for number, line in enumerate(_lines(_content(file)), start=1):
                 if number % EVERY == 0:
                     file.check()
                 if line not in BLANK:
                     yield Line(line, file, number)
-        except (EOFError, zlib.error, _zstd_error()) as error:
+        except Damaged as error:
             file.check()  # one that has just been cut off is no damaged one
             yield partial(_damaged, file, number + 1, str(error))
         file.check()
@@ -127,6 +127,8 @@ def parse_line(raw: bytes, file: object, number: Callable[[], int]) -> dict[str,
         raise bad_record(file, line, error.colno, what) from error
     except RecursionError as error:
         raise bad_record(file, line, 1, "JSON that is nested too deeply") from error
+    except ValueError as error:  # Python's limit: longer ones take time that grows with the square of their length
+        raise bad_record(file, line, 1, "JSON with a number of too many digits") from error
 
 
 def _damaged(file: object, line: int, why: str) -> NoReturn:
@@ -167,48 +169,7 @@ def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
     yield b"".join(rest)
 
 
-class _Decompressor(Protocol):
-    """What the decompressors of zlib and zstandard have in common."""
-
-    @property
-    def eof(self) -> bool: ...
-
-    @property
-    def unused_data(self) -> bytes: ...
-
-    def decompress(self, data: bytes, /) -> bytes: ...
-
-
-def _plain(file: DataFile) -> Iterator[bytes]:
-    """Content of a file, decompressed by its extension. Raises EOFError if the compressed data stop early."""
-    raw = chunks(file, CHUNK)
-    if not file.name.endswith((".gz", ".zst")):
-        return raw
-    new = _zstd if file.name.endswith(".zst") else partial(zlib.decompressobj, wbits=31)
-    return _decompress(raw, new)
-
-
-def _decompress(chunks: Iterator[bytes], new: Callable[[], _Decompressor]) -> Iterator[bytes]:
-    """Decompress one or more members; checks that the last is complete, as zstandard's own file object does not."""
-    stream, begun = new(), False
-    for chunk in chunks:
-        data = chunk
-        while data:
-            yield stream.decompress(data)
-            data, begun = b"", not stream.eof
-            if stream.eof:
-                data, stream = stream.unused_data, new()
-    if begun:
-        raise EOFError("unexpected end of the compressed data")
-
-
-def _zstd() -> _Decompressor:
-    import zstandard
-
-    return zstandard.ZstdDecompressor().decompressobj()
-
-
-def _zstd_error() -> type[Exception]:
-    import zstandard
-
-    return zstandard.ZstdError
+def _content(file: DataFile) -> Iterator[bytes]:
+    """Content of a file, decompressed by its extension. Raises Damaged, DataError."""
+    with file.open() as opened, file.guarded():
+        yield from decompressed(opened, next((x for x in CODECS if file.name.endswith(x)), ""))

@@ -9,7 +9,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from components.data.preprocess.compressed import Damaged, decompressed
+from components.data.compressed import Damaged, decompressed
 from components.data.preprocess.inputs import LINES, ROWS, Chunk, kind_of
 from components.data.preprocess.parquet import columns_of
 from components.data.watch import DataFile, LocalFile
@@ -90,6 +90,8 @@ def _parsed(line: bytes, keys: Sequence[str], path: str, number: int) -> list[Te
         return Bad(kind, f"{kind} ({error.msg})", path, number, error.colno)
     except RecursionError:
         return Bad("not valid JSON", "JSON that is nested too deeply", path, number)
+    except ValueError:  # Python's limit: longer ones take time that grows with the square of their length
+        return Bad("not valid JSON", "JSON with a number of too many digits", path, number)
     if not isinstance(record, dict):
         what = f"a record must be an object with fields, not {type(record).__name__}"
         return Bad("not an object", what, path, number)

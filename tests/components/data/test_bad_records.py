@@ -25,6 +25,7 @@ CASES = {
     b'["text"]': "3:1: a record must be an object with fields, not list",
     b'{"text": "\\ud800"}': "3:1: field 'text' holds half of a surrogate pair, which is no character",
     b"[" * 100000: "3:1: JSON that is nested too deeply",
+    b'{"text": "x", "id": ' + b"9" * 5000 + b"}": "3:1: JSON with a number of too many digits",
 }
 
 

@@ -23,6 +23,7 @@ BAD_LINES = {
     b'{"text": "a': (":11:10: truncated JSON (Unterminated string starting at)", "truncated JSON"),
     b'{"text": "a"} x': (":11:15: not valid JSON (Extra data)", "not valid JSON"),
     b"[" * 100_000: (":11:1: JSON that is nested too deeply", "not valid JSON"),
+    b'{"text": "a", "id": ' + b"9" * 5000 + b"}": (":11:1: JSON with a number of too many digits", "not valid JSON"),
     b'["text"]': (":11:1: a record must be an object with fields, not list", "not an object"),
     b'{"body": "a"}': (":11:1: no field 'text' (fields: 'body'; --keys names those to encode)", "no such field"),
     b'{"text": null}': (":11:1: field 'text' is null", "null"),
