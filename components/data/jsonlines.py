@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from components.data.compressed import CODECS, Damaged, decompressed
+from components.data.compressed import CODECS, PIECE, Damaged, decompressed
 from components.data.documents import Read, bad_record, decode, record_of
 from components.data.watch import EVERY, DataFile, LocalFile, chunks, fingerprint_of
 from components.runtime.errors import DataError
@@ -171,5 +171,5 @@ def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
 
 def _content(file: DataFile) -> Iterator[bytes]:
     """Content of a file, decompressed by its extension. Raises Damaged, DataError."""
-    with file.open() as opened, file.guarded():
-        yield from decompressed(opened, next((x for x in CODECS if file.name.endswith(x)), ""))
+    codec = next((x for x in CODECS if file.name.endswith(x)), "")
+    return decompressed(chunks(file, PIECE[codec]), codec)

@@ -5,17 +5,14 @@ only the packer may open and close documents. Post-processors that add such toke
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
 from components.data.paths import find_path
+from components.data.tokenizer_files import CONFIG_FILES, read_text, special_tokens
 from components.runtime.errors import DataError
-
-CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 
 
 class Tokenizer:
@@ -84,7 +81,7 @@ def load_tokenizer(path: str) -> Tokenizer:
         raise DataError(
             f"{path}: no tokenizer.json there (there is: {there}); set model.hf_assets_path to a folder that holds one"
         )
-    definition, tokens = _read(file), _special_tokens(folder)
+    definition, tokens = read_text(file), special_tokens(folder, ("bos_token", "eos_token"))
     try:
         return Tokenizer(definition, tokens.get("bos_token"), tokens.get("eos_token"))
     except DataError as error:
@@ -101,37 +98,3 @@ def _backend(definition: str) -> Backend:
     backend.no_padding()
     backend.encode_special_tokens = True  # True: spelled-out special tokens are encoded as ordinary text
     return backend
-
-
-def _special_tokens(folder: Path) -> dict[str, str]:
-    """bos_token and eos_token of the first neighbour file that names them."""
-    found: dict[str, str] = {}
-    for file in (folder / name for name in CONFIG_FILES):
-        if file.is_file():
-            for key in ("bos_token", "eos_token"):
-                value = _json(file).get(key)
-                text = value.get("content") if isinstance(value, dict) else value
-                if isinstance(text, str):
-                    found.setdefault(key, text)
-    return found
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(_read(file))
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{file}:{error.lineno}:{error.colno}: not valid JSON ({error.msg}); mend or remove the file"
-        ) from error
-    if not isinstance(value, dict):
-        raise DataError(f"{file}:1:1: not a JSON object; mend or remove the file")
-    return value
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror}); check its permissions") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 at byte {error.start}; mend or replace the file") from error

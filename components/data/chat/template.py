@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from components.data.chat.messages import Chat, Message, bad
 from components.data.encoding import Where
 from components.data.paths import find_path
+from components.data.tokenizer_files import read_object, read_text, special_tokens
 from components.runtime.errors import DataError
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ def load_chat_template(folder: str, file: str | None = None) -> ChatTemplate | N
     place = find_path(folder)
     if place is None:
         raise DataError(f"{folder}: no such folder; set model.hf_assets_path to a folder that holds tokenizer.json")
-    tokens = _special_tokens(place)
+    tokens = special_tokens(place, TOKENS)
     if file is not None:
         path = find_path(file)
         if path is None or not path.is_file():
@@ -160,8 +161,8 @@ def load_chat_template(folder: str, file: str | None = None) -> ChatTemplate | N
 def _from_file(path: Path) -> dict[str, str]:
     """Templates by name: of a `.json` file what is under `chat_template`, else the whole file."""
     if path.suffix != ".json":
-        return {"default": _read(path)}
-    found = _object(path).get("chat_template")
+        return {"default": read_text(path)}
+    found = read_object(path).get("chat_template")
     if isinstance(found, str):
         return {"default": found}
     if isinstance(found, list) and all(isinstance(x, dict) and {"name", "template"} <= set(x) for x in found):
@@ -172,38 +173,7 @@ def _from_file(path: Path) -> dict[str, str]:
 
 
 def _additional(folder: Path) -> dict[str, str]:
-    return {x.stem: _read(x) for x in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
-
-
-def _special_tokens(folder: Path) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for file in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
-        values = _object(file) if file.is_file() else {}
-        for name in TOKENS:
-            value = values.get(name)
-            text = value.get("content") if isinstance(value, dict) else value
-            if isinstance(text, str):
-                found.setdefault(name, text)
-    return found
-
-
-def _object(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(_read(file))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{file}:{error.lineno}:{error.colno}: not valid JSON ({error.msg}); mend the file") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{file}:1:1: not a JSON object; mend the file")
-    return value
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror}); check its permissions") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 at byte {error.start}; mend or replace the file") from error
+    return {x.stem: read_text(x) for x in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
 
 
 def _unmark(text: str) -> tuple[str, list[tuple[int, int]]]:

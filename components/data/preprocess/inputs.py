@@ -12,11 +12,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
+from components.data.compressed import CODECS, PIECE, Damaged, decompressed
 from components.data.paths import roots
-from components.data.preprocess.compressed import Damaged, decompressed
 from components.data.preprocess.parquet import batches
 from components.data.remote import is_remote, list_files, local_path
 from components.data.watch import DataFile, Found, LocalFile, Stamp, changed
@@ -26,8 +27,7 @@ LINES, ROWS, TEXT = "JSON lines", "Parquet", "text"
 EXTENSIONS = {".jsonl": LINES, ".json": LINES, ".parquet": ROWS} | dict.fromkeys(
     (".txt", ".text", ".md", ".rst", ".py"), TEXT
 )
-COMPRESSED = (".gz", ".zst")
-ALLOWED = f"{', '.join(EXTENSIONS)}; all but .parquet also with {' or '.join(COMPRESSED)} after it"
+ALLOWED = f"{', '.join(EXTENSIONS)}; all but .parquet also with {' or '.join(CODECS)} after it"
 STDIN = "-"
 OWN = re.compile(r"\.report\.json$|\.partial/")
 """What a job leaves beside its output, which may be in a folder that is read."""
@@ -183,7 +183,7 @@ def _stream(here: Input, number: int, size: int, start: int) -> Iterator[Chunk]:
         held, damage = _Held(start), ""
         told = not isinstance(file, StandardInput)
         try:
-            for block in decompressed(opened, here.codec):
+            for block in decompressed(iter(partial(opened.read, PIECE[here.codec]), b""), here.codec):
                 if raw := held.take(block, size):
                     read = opened.tell() if told else 0
                     yield Chunk(LINES, (file,), number, held.at - len(raw), held.at, False, read, len(raw), raw)
@@ -252,7 +252,7 @@ def _input(file: DataFile) -> Input:
 def kind_of(name: str) -> tuple[str | None, str]:
     """What a file is, by its extension, and its compression."""
     suffix = PurePosixPath(name).suffix.lower()
-    codec = suffix if suffix in COMPRESSED else ""
+    codec = suffix if suffix in CODECS else ""
     kind = EXTENSIONS.get(PurePosixPath(PurePosixPath(name).stem).suffix.lower() if codec else suffix)
     return (None if codec and kind == ROWS else kind), codec
 

@@ -5,14 +5,13 @@ Lines are parsed by the standard library's json, which takes less than a hundred
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from components.data.compressed import Damaged, decompressed
+from components.data.compressed import PIECE, Damaged, decompressed
 from components.data.preprocess.inputs import LINES, ROWS, Chunk, kind_of
 from components.data.preprocess.parquet import columns_of
-from components.data.watch import DataFile, LocalFile
+from components.data.watch import DataFile, LocalFile, chunks
 
 BLANK = (b"", b"\r")
 BOM = b"\xef\xbb\xbf"
@@ -171,6 +170,6 @@ def _files(chunk: Chunk) -> Iterator[list[Texts] | Bad]:
 
 def _whole(file: DataFile) -> str:
     """Text of a file. Raises Damaged, UnicodeDecodeError, and DataError if it cannot be read."""
-    with closing(file.open()) as opened, file.guarded():
-        raw = b"".join(decompressed(opened, kind_of(file.name)[1]))
+    codec = kind_of(file.name)[1]
+    raw = b"".join(decompressed(chunks(file, PIECE[codec]), codec))
     return raw.removeprefix(BOM).decode("utf-8")

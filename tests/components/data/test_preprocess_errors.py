@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -91,6 +92,15 @@ def test_truncated_compressed_files(name: str, tmp_path: Path) -> None:
     assert report["documents"] == line - 1
     assert report["dropped"] == {"damaged file": 1}
     assert written(tmp_path / "out_text_document") == expected(RECORDS[: line - 1])
+
+
+def test_a_damaged_text_in_storage_is_a_bad_record(tmp_path: Path) -> None:
+    url = "memory://damaged/a.txt.gz"
+    fsspec.filesystem("memory").pipe("/damaged/a.txt.gz", compressed(b"some text", ".gz")[:-5])
+    with pytest.raises(DataError) as caught:
+        preprocess(options(tmp_path / "out", url), 0)
+    what = "the compressed file is damaged or truncated (unexpected end of the compressed data)"
+    assert str(caught.value) == f"{url}:1:1: {what}{MEND}"
 
 
 def test_rows_are_located_by_row_group(tmp_path: Path) -> None:

@@ -111,9 +111,9 @@ def test_unreadable_files(folder: Path) -> None:
         " mend tokenizer_config.json or special_tokens_map.json"
     )
     config.write_text('{\n "x": }')
-    assert failure(folder) == f"{config}:2:7: not valid JSON (Expecting value); mend or remove the file"
+    assert failure(folder) == f"{config}:2:7: not valid JSON (Expecting value); mend the file"
     config.write_text("[]")
-    assert failure(folder) == f"{config}:1:1: not a JSON object; mend or remove the file"
+    assert failure(folder) == f"{config}:1:1: not a JSON object; mend the file"
     config.unlink()
     definition.write_text('{"version": "1.0"}')
     message = failure(folder)

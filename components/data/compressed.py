@@ -7,9 +7,12 @@ The file objects of zlib and zstandard were rejected: zstandard's ends silently 
 import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
+CODECS = (".gz", ".zst")
+"""Endings of the names of compressed files."""
 PIECE = {"": 1 << 20, ".gz": 1 << 14, ".zst": 1 << 14}
+"""Bytes to read at once."""
 
 
 class Damaged(Exception):
@@ -28,17 +31,17 @@ class _Decompressor(Protocol):
     def decompress(self, data: bytes, /) -> bytes: ...
 
 
-def decompressed(file: BinaryIO, codec: str) -> Iterator[bytes]:
-    """Content of a file, never an empty piece. `codec`: `.gz`, `.zst`, or empty. Raises Damaged, OSError."""
-    pieces = iter(partial(file.read, PIECE[codec]), b"")
+def decompressed(pieces: Iterator[bytes], codec: str) -> Iterator[bytes]:
+    """Content of a file from its pieces, best of PIECE bytes; never an empty one.
+
+    `codec`: one of CODECS, or empty. Raises Damaged.
+    """
     if not codec:
         yield from pieces
         return
     new, error = _codec(codec)
     try:
-        for piece in _members(pieces, new):
-            if piece:
-                yield piece
+        yield from filter(None, _members(pieces, new))
     except (EOFError, error) as problem:
         raise Damaged(str(problem)) from problem
 
