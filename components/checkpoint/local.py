@@ -18,6 +18,7 @@ from typing import BinaryIO
 
 from components.checkpoint.manifest import MANIFEST
 from components.checkpoint.storage import Folder, HashedFile, aside_name, step_of, write_file
+from components.runtime.durable import sync_folder
 from components.runtime.errors import CheckpointError
 
 _LEFTOVER = re.compile(r"\.(?:tmp|del)-step-(?:0|[1-9][0-9]*)-[0-9a-f]{16}")
@@ -101,15 +102,6 @@ def _regular_size(name: str, status: os.stat_result) -> int:
 def _sync(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk. Raises OSError."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _make_folder(folder: Path) -> None:

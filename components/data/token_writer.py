@@ -20,6 +20,7 @@ import numpy as np
 from components.data.remote import is_remote, local_path
 from components.data.token_bytes import BYTE
 from components.data.token_index import CHUNK, CODES, HEADER, LENGTH, MAGIC, MODE, POINTER, VERSION, open_index
+from components.runtime.durable import sync_folder
 from components.runtime.errors import DataError
 
 LONGEST = np.iinfo(LENGTH).max
@@ -150,7 +151,7 @@ class IndexedWriter:
             Path(f"{self.prefix}.idx").unlink(missing_ok=True)
             for suffix in (".bin", ".idx"):
                 os.replace(self._temporary[suffix], self.prefix + suffix)
-                _sync(folder)
+                sync_folder(folder)
         except OSError as error:
             raise _unwritable(self.prefix, error) from error
         finally:
@@ -243,15 +244,6 @@ def _kind(dtype: np.dtype, modes: bool) -> str:
 
 def _pieces(count: int) -> Iterator[tuple[int, int]]:
     return ((x, min(x + CHUNK, count)) for x in range(0, count, CHUNK))
-
-
-def _sync(folder: Path) -> None:
-    """Make names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _unwritable(prefix: str, error: OSError) -> DataError:

@@ -23,6 +23,7 @@ import numpy as np
 from components.data.preprocess.encode import LISTED, EncodedChunk, Part
 from components.data.preprocess.inputs import Chunk, Position
 from components.data.token_index import CHUNK, CODES, HEADER, LENGTH, MAGIC, POINTER, VERSION
+from components.runtime.durable import sync_folder
 from components.runtime.errors import DataError
 
 JOURNAL = "journal.json"
@@ -250,7 +251,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    _sync(path.parent)
+    sync_folder(path.parent)
 
 
 @contextmanager
@@ -294,7 +295,7 @@ def _rename(path: Path, name: str) -> None:
     """Durably; nothing if it was done before a kill."""
     if path.exists():
         os.replace(path, name)
-        _sync(Path(name).parent)
+        sync_folder(Path(name).parent)
 
 
 def _with(path: Path, suffix: str) -> Path:
@@ -310,12 +311,3 @@ def _differences(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
     return [
         f"{x} was {old.get(x, 'not there')}, is {new.get(x, 'not there')}" for x in names if old.get(x) != new.get(x)
     ]
-
-
-def _sync(folder: Path) -> None:
-    """Make names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

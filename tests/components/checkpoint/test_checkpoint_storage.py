@@ -12,9 +12,10 @@ import torch
 
 from components.checkpoint import local
 from components.checkpoint.fingerprint import JobIdentity
-from components.checkpoint.local import LocalStorage, sync_folder
+from components.checkpoint.local import LocalStorage
 from components.checkpoint.manifest import MANIFEST
 from components.checkpoint.storage import step_of
+from components.runtime.durable import sync_folder
 from components.runtime.errors import CheckpointError
 from tests.components.checkpoint.support import JOB, STATE, checkpointer, loads, save, tensors
 
