@@ -58,7 +58,8 @@ class Parallelism:
     """How queries meet keys. allgather: each rank gathers the keys and values of whole rows in each block; one
     transfer, which compute waits for. alltoall: a ring, in which they pass from rank to rank beside the compute; least
     memory, more and smaller transfers. ulysses: ranks trade tokens for heads and attend to whole rows; least traffic on
-    many ranks, which must divide the heads, and with `data.document_mask` a mask of seq_len² bytes a row."""
+    many ranks, which must divide the heads, and with `data.document_mask` a mask of whole rows (on CUDA one of blocks,
+    else seq_len² bytes each)."""
     expert_parallel_degree: PositiveInt = 1
     """Ranks that share the experts, whose number it divides. They are those of shard, context and tensor degree, dealt
     anew: no further ranks. Tokens travel to their experts and back in each block."""
