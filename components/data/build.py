@@ -150,13 +150,16 @@ def _streamed(
         own = {"weight": source.weight, "epochs": source.epochs} if source.name else {}
         facts[source.name] = {**own, **source.documents.fingerprint, **dealt.fingerprint, **source.encoder.fingerprint}
     packing = _packing(job, section)
+    ordered = facts.get("") or {"unit": data.unit, "sources": facts}
+    if packing.kind == "best_fit":  # what a window at the end holds
+        ordered |= {"on_end": ending}
     return StreamedRows(
         sources,
         packing,
         unit=data.unit,
         ending=ending,
         skip_bad=data.on_bad_record == "skip",
-        fingerprint=packing.fingerprint | (facts.get("") or {"unit": data.unit, "sources": facts}),
+        fingerprint=packing.fingerprint | ordered,
     )
 
 

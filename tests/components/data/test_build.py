@@ -15,7 +15,7 @@ from components.data.loader import Loader
 from components.data.tokenizer import load_tokenizer
 from components.mesh.batch import IGNORE
 from components.runtime.errors import ConfigError, DataError
-from tests.components.data.corpus import fields, readers, tokenizer, write_lines
+from tests.components.data.corpus import fields, readers, texts, tokenizer, write_lines
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "training": {"dataset": "c4_test", "seq_len": 32, "local_batch_size": 2},
@@ -114,6 +114,19 @@ def test_what_may_change_on_resume() -> None:
     )
     state = loader(job()).state_dict([])
     loader(same).load_state(state)
+
+
+def test_best_fit_keeps_its_end(tmp_path: Path) -> None:
+    """A window at the end of the data holds the next epoch's documents, or none: its rows are others."""
+    path = str(write_lines(tmp_path / "x.jsonl", texts(30)))
+    training = {"dataset_path": path, "dataset": "mine"}
+    ending, going = (job(training=training, data={"packing": "best_fit", "on_end": x}) for x in ("stop", "repeat"))
+    windows = [[x.batch.tokens for x, _ in zip(loader(x), range(9), strict=False)] for x in (ending, going)]
+    assert not all(torch.equal(a, b) for a, b in zip(*windows, strict=False))
+    with pytest.raises(DataError) as caught:
+        loader(going).load_state(loader(ending).state_dict([]))
+    said = str(caught.value)
+    assert "other data: on_end was 'stop', is 'repeat'; restore these, or start a new job" in said
 
 
 def test_text_field_and_bad_records(tmp_path: Path) -> None:
