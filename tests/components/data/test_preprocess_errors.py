@@ -120,6 +120,21 @@ def test_rows_are_located_by_row_group(tmp_path: Path) -> None:
     assert written(tmp_path / "out_text_document") == expected([{"text": x} for x in "abc"])
 
 
+def test_columns_without_a_type_and_of_categories(tmp_path: Path) -> None:
+    nothing = pyarrow.table({"text": pyarrow.nulls(2), "id": [1, 2]})
+    pyarrow.parquet.write_table(nothing, tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(nothing.slice(0, 0), tmp_path / "b.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"text": [[], []]}), tmp_path / "c.parquet")
+    named = pyarrow.table({"text": pyarrow.array(["x", "y", "x"]).dictionary_encode()})
+    pyarrow.parquet.write_table(named, tmp_path / "d.parquet")
+    place = f"{tmp_path}/a.parquet: row group 0, row 0 of it (both from 0): field 'text' is null"
+    assert message(tmp_path, tmp_path) == place + MEND
+    report = preprocess(options(tmp_path / "out", tmp_path, on_bad_record="skip"), 0)
+    assert report["dropped"] == {"null": 2}
+    records = [{"text": x} for x in ([], [], "x", "y", "x")]
+    assert written(tmp_path / "out_text_document") == expected(records)
+
+
 def test_text_files_are_located(tmp_path: Path) -> None:
     for name, raw in {"a.txt": b"fine", "b.txt": b"one\ntw\xffo", "c.txt.gz": b"\x1f\x8b"}.items():
         (tmp_path / name).write_bytes(raw)
