@@ -1,9 +1,10 @@
 """All cores: processes that encode chunks, whose results come back in the order of the chunks.
 
-Processes of one thread each were preferred to the tokenizer's own threads, which wait for each other's caches (a sixth
-of their time on two cores) and leave a core idle while Python parses and copies. They are spawned: a fork takes over
-locks that a thread of the parent may hold. Each has one chunk to do and two in waiting, so that the writer may take its
-time; what is under way is bounded in number and bytes.
+Each process has two threads, which encode a chunk each: the tokenizer lets go of Python's lock, so one parses and
+copies while the other encodes, and they share the tokenizer's tables and its memory of words, which two processes drive
+out of the processor's caches. More threads in a process wait for each other; the tokenizer's own leave cores idle while
+Python parses and copies. Processes are spawned: a fork takes over locks that a thread of the parent may hold. Each has
+two chunks in waiting, so that the writer may take its time; what is under way is bounded in number and bytes.
 """
 
 import multiprocessing
@@ -12,7 +13,6 @@ import queue
 import signal
 import threading
 import traceback
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
@@ -24,8 +24,10 @@ from components.data.preprocess.encode import ChunkEncoder, EncodedChunk
 from components.data.preprocess.inputs import Chunk
 from components.runtime.errors import EspalierError
 
-WAITING = 3
-"""Chunks that a worker has at once."""
+THREADS = 2
+"""Of a process."""
+WAITING = 2
+"""Chunks that a process has beyond those that it encodes."""
 BUDGET = 64 << 20
 """Bytes of content that are under way, unless one chunk alone is longer."""
 TICK = 0.2
@@ -37,13 +39,14 @@ class WorkerDied(EspalierError):
 
 
 class Pool:
-    """Worker processes; a context manager that ends them. `stop()` is asked several times a second."""
+    """Processes with `workers` threads in all; a context manager that ends them. `stop()` is asked again and again."""
 
     def __init__(self, encoder: ChunkEncoder, workers: int, stop: Callable[[], bool] = lambda: False) -> None:
         self._stop = stop
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the workers have chosen to ignore them
         try:
-            self._workers = [_Worker(encoder, i) for i in range(workers)]
+            threads = [min(THREADS, workers - i) for i in range(0, workers, THREADS)]
+            self._workers = [_Worker(encoder, i, count) for i, count in enumerate(threads)]
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
@@ -80,10 +83,10 @@ class Pool:
 
     def _free(self, sizes: dict[int, int], chunk: Chunk) -> "_Worker | None":
         """Who takes the next chunk; None while there is enough under way."""
-        if sizes and (len(sizes) >= WAITING * len(self._workers) + 1 or sum(sizes.values()) + chunk.size > BUDGET):
+        if sizes and (len(sizes) > sum(x.room for x in self._workers) or sum(sizes.values()) + chunk.size > BUDGET):
             return None
-        worker = min(self._workers, key=lambda x: len(x.given))
-        return worker if len(worker.given) < WAITING else None
+        worker = min(self._workers, key=lambda x: len(x.given) - x.threads)
+        return worker if len(worker.given) < worker.room else None
 
     def _results(self) -> Iterator[tuple[int, EncodedChunk | Exception]]:
         """What has come within a moment."""
@@ -94,18 +97,19 @@ class Pool:
 class _Worker:
     """One process, and what it has been given."""
 
-    def __init__(self, encoder: ChunkEncoder, number: int) -> None:
+    def __init__(self, encoder: ChunkEncoder, number: int, threads: int) -> None:
         context = multiprocessing.get_context("spawn")
         self.end_here, there = context.Pipe()
-        self.given: deque[tuple[int, str]] = deque()
+        self.given: dict[int, str] = {}
+        self.threads, self.room = threads, threads + WAITING
         self._number = number
-        self._process: SpawnProcess = context.Process(target=_work, args=(there, encoder), daemon=True)
+        self._process: SpawnProcess = context.Process(target=_work, args=(there, encoder, threads), daemon=True)
         self._process.start()
         there.close()
 
     def give(self, number: int, chunk: Chunk) -> None:
         """Raises WorkerDied."""
-        self.given.append((number, str(chunk)))
+        self.given[number] = str(chunk)
         with suppress(OSError):  # it has ended; the next look finds the end of the pipe
             self.end_here.send((number, chunk))
 
@@ -115,7 +119,7 @@ class _Worker:
             number, result = self.end_here.recv()
         except (EOFError, OSError) as error:
             raise self._died() from error
-        self.given.popleft()
+        del self.given[number]
         return number, result
 
     def end(self) -> None:
@@ -129,30 +133,32 @@ class _Worker:
         code = self._process.exitcode or 0
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         memory = " (out of memory? try fewer --workers)" if code == -signal.SIGKILL else ""
-        at = f" at {self.given[0][1]}" if self.given else ""
+        at = f" at {next(iter(self.given.values()))}" if self.given else ""
         return WorkerDied(f"worker {self._number} {how}{memory}{at}")
 
 
-def _work(end: Connection, encoder: ChunkEncoder) -> None:
-    """The process. A thread takes the chunks in, so that neither side ever waits for the other to listen."""
+def _work(end: Connection, encoder: ChunkEncoder, threads: int) -> None:
+    """The process. The main thread takes the chunks in, so that neither side ever waits for the other to listen."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # a terminal sends it to all; the parent decides
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    threading.Thread(target=_receive, args=(end, tasks), daemon=True).start()
-    while (task := tasks.get()) is not None:
-        with suppress(BrokenPipeError, ConnectionResetError):  # the parent has gone
-            end.send((task[0], _encoded(encoder, task[1])))
-
-
-def _receive(end: Connection, tasks: "queue.SimpleQueue[Any]") -> None:
-    """Chunks until the parent closes or dies."""
-    try:
+    lock = threading.Lock()
+    for _ in range(threads):
+        threading.Thread(target=_encode, args=(end, lock, encoder, tasks), daemon=True).start()
+    with suppress(EOFError, OSError):  # the parent has closed the pipe, or died
         while True:
             tasks.put(end.recv())
-    except (EOFError, OSError):
-        tasks.put(None)
+
+
+def _encode(end: Connection, lock: threading.Lock, encoder: ChunkEncoder, tasks: "queue.SimpleQueue[Any]") -> None:
+    """A thread: one chunk after the other."""
+    while True:
+        number, chunk = tasks.get()
+        done = _encoded(encoder, chunk)
+        with lock, suppress(BrokenPipeError, ConnectionResetError):  # the parent has gone
+            end.send((number, done))
 
 
 def _encoded(encoder: ChunkEncoder, chunk: Chunk) -> EncodedChunk | Exception:
