@@ -184,18 +184,9 @@ def _training(job: JobConfig, position: Position | None) -> Inspected:
 
 
 def _loader(job: JobConfig, tokenizer: Tokenizer, validation: bool = False) -> Loader:
-    return (
-        families[job.model.name]
-        .load()
-        .build_dataloader_fn(
-            job,
-            tokenizer=tokenizer,
-            vocab_size=get_args(job.model.name, job.model.flavor).vocab_size,
-            data_rank=0,
-            data_degree=1,
-            validation=validation,
-        )
-    )
+    build = families[job.model.name].load().build_dataloader_fn
+    vocab_size = get_args(job.model.name, job.model.flavor).vocab_size
+    return build(job, tokenizer=tokenizer, vocab_size=vocab_size, data_rank=0, data_degree=1, validation=validation)
 
 
 def _pairs_as_chats(job: JobConfig) -> JobConfig:

@@ -5,10 +5,8 @@ reading them, not for parsing, and a bad record stops only the stream that it be
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -139,23 +137,12 @@ def record_of(parsed: object, path: object, line: int) -> dict[str, Any]:
     return parsed
 
 
-def shrunk(path: object) -> DataError:
-    """The error for a file that has become shorter since the run began."""
-    return DataError(f"{path}: was truncated or replaced while the run read it; restore the file as it was")
-
-
 def unreadable(path: object, error: OSError) -> DataError:
     """The error for a file that the system does not let us read."""
     return DataError(f"{path}: cannot be read ({error.strerror or error}); check the path and its permissions")
 
 
-def files_fingerprint(files: Sequence[Path]) -> dict[str, Any]:
-    """Number, size and digest of files by relative names and sizes: a copy elsewhere is the same data."""
-    parent = os.path.commonpath([x.parent.absolute() for x in files])
-    return digest_of([(x.absolute().relative_to(parent).as_posix(), x.stat().st_size) for x in files])
-
-
 def digest_of(sizes: Sequence[tuple[str, int]]) -> dict[str, Any]:
-    """`files_fingerprint` from names and sizes."""
+    """Number, size in all, and digest of the names and sizes of files."""
     digest = hashlib.sha256("\n".join(f"{size} {name}" for name, size in sizes).encode()).hexdigest()[:16]
     return {"files": len(sizes), "bytes": sum(size for _, size in sizes), "digest": digest}

@@ -14,7 +14,6 @@ import numpy as np
 from components.data.token_digest import hash_all, hash_parts, hash_sample
 from components.data.token_index import open_index
 from components.data.token_paths import find_tokens
-from components.data.token_paths import is_tokens as is_tokens
 from components.data.token_shards import Marks, ShardPart
 from components.runtime.errors import DataError
 

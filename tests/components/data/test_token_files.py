@@ -14,7 +14,9 @@ import pytest
 
 from components.data.documents import RandomAccess
 from components.data.splits import TokenSlice
-from components.data.token_files import Marks, TokenFiles, is_tokens, open_tokens
+from components.data.token_files import TokenFiles, open_tokens
+from components.data.token_paths import is_tokens
+from components.data.token_shards import Marks
 from components.data.token_writer import IndexedWriter
 from components.runtime.errors import DataError
 
