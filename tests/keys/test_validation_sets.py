@@ -21,7 +21,9 @@ def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     write_lines(folder / "short.jsonl", ["a few words", "and a few more"])
     write_lines(folder / "long.jsonl", ["def long(): return 1\n" * 20, "x = 2\n" * 30])
     sets = {name: f'{{path = "{folder}/{name}.jsonl"}}' for name in ("short", "long")}
-    jobs = {name: (*VALIDATED, f"--validation.sources=[{table}]") for name, table in sets.items()}
+    jobs: dict[str, tuple[str, ...]] = {
+        name: (*VALIDATED, f"--validation.sources=[{table}]") for name, table in sets.items()
+    }
     jobs["both"] = (*VALIDATED, f"--validation.sources=[{', '.join(sets.values())}]", "--metrics.enable_tensorboard")
     return run_jobs(folder, jobs, ranks=request.param)
 

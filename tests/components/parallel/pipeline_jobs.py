@@ -76,7 +76,9 @@ def _trained(argv: list[str]) -> Computed:
     trainer.train()
     found.values = {name: _whole(p) for model in trainer.models for name, p in model.named_parameters()}
     if trainer.validator:
-        found.validation = trainer.validator.validate(0)
+        loss = trainer.validator.validate(0)
+        assert isinstance(loss, float)  # of the only set
+        found.validation = loss
     schedules = trainer.pipeline._schedules.values() if trainer.pipeline else ()
     found.schedules = [(type(schedule).__name__, schedule._n_microbatches) for schedule in schedules]
     trainer.close()
