@@ -8,6 +8,8 @@ from components.data.chat.encoder import ChatEncoder
 from components.data.chat.template import ChatTemplate, load_chat_template
 from components.data.encoding import Seat
 from components.data.tokenizer import load_tokenizer
+from trainer.config.load import load_job
+from trainer.config.validate import require_valid
 
 PAGE = Path("docs/chat.md").read_text()
 ASSETS = "tests/assets/tokenizer"
@@ -17,6 +19,11 @@ def block(language: str) -> str:
     found = re.search(f"```{language}\n(.*?)```", PAGE, re.DOTALL)
     assert found
     return found.group(1)
+
+
+def test_its_config_is_one(tmp_path: Path) -> None:
+    (tmp_path / "chat.toml").write_text(block("toml"))
+    require_valid(load_job(["--job.config_file", str(tmp_path / "chat.toml")], {}), 1)
 
 
 def test_the_example(tmp_path: Path) -> None:
