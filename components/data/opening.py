@@ -87,6 +87,11 @@ class Opener:
 
     def open_tokens(self, source: Source, path: str, name: str) -> Opened:
         """A source of token files. Where Megatron-LM's order is wanted, shares are of sequences, as there."""
+        if source.fim_rate:
+            raise ConfigError(
+                f"source {name!r}: fim_rate = {source.fim_rate}: only text is rearranged to fill in the middle, and"
+                f" {path} holds tokens; leave it out, or give the text"
+            )
         files = open_tokens(path, Marks(None if self.tokenizer is None else self.tokenizer.eos_id))
         part = files if source.split is None else self.share(files, source.split, name)
         tokens: Tokens | None = part if isinstance(part, TokenFiles | TokenSlice) else None

@@ -64,6 +64,16 @@ def test_weights_are_shares_of_tokens_or_of_documents(tmp_path: Path, unit: str,
     assert sum(x >= 100 for x in tokens) / len(tokens) == pytest.approx(share, abs=5 / len(tokens))
 
 
+def test_token_files_are_not_filled_in_the_middle(tmp_path: Path) -> None:
+    tokens = token_file(tmp_path, "tokens", [5, 7], 10)
+    with pytest.raises(ConfigError) as error:
+        loader(config(replaced(tokens, fim_rate=0.5)))
+    assert str(error.value) == (
+        "source 'tokens': fim_rate = 0.5: only text is rearranged to fill in the middle, and"
+        f" {tmp_path / 'tokens'} holds tokens; leave it out, or give the text"
+    )
+
+
 @shows("data.order", "data.cache_folder")
 def test_token_files_are_ordered_here_or_as_megatron_does(tmp_path: Path) -> None:
     source = token_file(tmp_path, "tokens", [5, 7, 4, 9, 6, 8], 10)
