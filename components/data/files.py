@@ -98,7 +98,7 @@ def _expand(path: str, patterns: Sequence[str]) -> Found:
     if is_remote(path):
         found = list_files(path, patterns)
         if not found.files:
-            raise DataError(f"{path}: nothing is there; check training.dataset_path or validation.dataset_path")
+            raise DataError(f"{path}: nothing is there; check dataset_path, or the path of the source")
     else:
         found = _expand_local(local_path(path), patterns)
     if not found.everything:
@@ -132,5 +132,5 @@ def _glob(path: str) -> Found:
             return Found([LocalFile(x) for x in files], folder.as_posix())
     places = "the current folder and the project's"
     raise DataError(
-        f"{path}: no such file or folder (looked in {places}); check training.dataset_path or validation.dataset_path"
+        f"{path}: no such file or folder (looked in {places}); check dataset_path, or the path of the source"
     )

@@ -196,8 +196,8 @@ MEND = "see that it can be reached from here, with credentials that may read the
     [
         ("s3://bucket/x.jsonl", "Install s3fs to access S3: install that package on every machine"),
         ("nothing://x/y", "fsspec knows no nothing://; give a path, or a URL as in s3://bucket/name"),
-        ("memory://no/x.jsonl", "nothing is there; check training.dataset_path or validation.dataset_path"),
-        ("memory://no/*.jsonl", "nothing is there; check training.dataset_path or validation.dataset_path"),
+        ("memory://no/x.jsonl", "nothing is there; check dataset_path, or the path of the source"),
+        ("memory://no/*.jsonl", "nothing is there; check dataset_path, or the path of the source"),
         ("file:///no/such/x.jsonl", "no such file or folder (looked in the current folder and the project's);"),
         ("broken://x.jsonl", f"cannot be read (LookupError: no route); {MEND}"),
     ],

@@ -129,7 +129,7 @@ def test_no_such_path(path: str) -> None:
         open_path(path, request())
     assert str(error.value) == (
         f"{path}: no such file or folder (looked in the current folder and the project's);"
-        " check training.dataset_path or validation.dataset_path"
+        " check dataset_path, or the path of the source"
     )
 
 
