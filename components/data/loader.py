@@ -82,7 +82,11 @@ class Loader:
     @property
     def fingerprint(self) -> dict[str, Any]:
         """What a saved state must agree with."""
-        return self._source.fingerprint
+        found = self._source.fingerprint
+        names = list(
+            found.get("sources", ())
+        )  # a cursor has its numbers by their order, in which equal facts may differ
+        return found | {"order_of_sources": names} if names else found
 
     @property
     def ends(self) -> bool:
@@ -160,9 +164,7 @@ class Loader:
         kind = self._source.kind
         saved = {"kind": state.get("kind"), **state.get("fingerprint", {})}
         here = {"kind": kind, **self.fingerprint}
-        keys = [k for k in sorted(saved.keys() | here.keys()) if saved.get(k) != here.get(k)]
-        if keys:
-            differ = "; ".join(f"{k} was {saved.get(k)!r}, is {here.get(k)!r}" for k in keys)
+        if differ := "; ".join(_differences(saved, here)):
             raise DataError(
                 f"the saved loader state belongs to other data: {differ}; restore these, or start a new job"
             )
@@ -326,6 +328,18 @@ def _next(iterator: Iterator[Any]) -> Any:
             f"a loader worker has been killed ({error}); if memory ran out, lower dataloader.num_workers or"
             " prefetch_factor; the job goes on from its last checkpoint"
         ) from error
+
+
+def _differences(saved: Mapping[str, Any], here: Mapping[str, Any], within: str = "") -> Iterator[str]:
+    """What differs between two fingerprints, by dotted names; of a table that only one of them has, just that."""
+    for key in sorted(saved.keys() | here.keys()):
+        was, now, name = saved.get(key), here.get(key), f"{within}{key}"
+        if isinstance(was, Mapping) and isinstance(now, Mapping):
+            yield from _differences(was, now, f"{name}.")
+        elif was != now and isinstance(was or now, Mapping):
+            yield f"{name} {'is new' if was is None else 'is missing'}"
+        elif was != now:
+            yield f"{name} was {was!r}, is {now!r}"
 
 
 def _end(held: list[Any], unregister: Callable[[Callable[[], None]], None] = atexit.unregister) -> None:

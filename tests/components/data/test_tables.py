@@ -198,3 +198,21 @@ def test_instructions_train_on_answers(tmp_path: Path) -> None:
     trained = batch.labels[0][batch.labels[0] != IGNORE].tolist()
     assert tokenizer().decode(trained) == "one<|end_of_text|>"
     assert torch.equal(batch.tokens[0][1 : 1 + len(trained)] != 0, torch.ones(len(trained), dtype=torch.bool))
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_a_resume_with_other_sources_says_which_facts_differ(tmp_path: Path, packing: str) -> None:
+    """Numbers in a cursor go by the order of the tables, so that counts too."""
+    a, b = token_file(tmp_path, "a", [5] * 9, 10), token_file(tmp_path, "b", [4] * 9, 50)
+    state = json.loads(json.dumps(loader(config(a, b, packing=packing)).state_dict([]), sort_keys=True))
+    loader(config(a, b, packing=packing)).load_state(state)
+
+    def told(*sources: Source) -> str:
+        with pytest.raises(DataError) as error:
+            loader(config(*sources, packing=packing)).load_state(state)
+        text = str(error.value).removeprefix("the saved loader state belongs to other data: ")
+        return text.removesuffix("; restore these, or start a new job")
+
+    assert told(b, a) == "order_of_sources was ['a', 'b'], is ['b', 'a']"
+    assert told(replaced(a, weight=3.0), b) == "sources.a.weight was 1.0, is 3.0"
+    assert "sources.b is missing; sources.c is new" in told(a, replaced(b, name="c"))
