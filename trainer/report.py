@@ -95,7 +95,8 @@ def tell_data(trainer: Trainer) -> None:
     unit, whole = trainer.job.data.unit, sum(given.values())
     mixed = ""
     if len(given) > 1 and whole:
-        mixed = f"; of the {unit} so far: " + ", ".join(f"{name} {count / whole:.1%}" for name, count in given.items())
+        shares = ", ".join(f"{name} {count / whole:.1%}" for name, count in given.items())
+        mixed = f"; of the {unit} of finished documents: {shares}"
     if padding or mixed:
         logger.info("data: rows were filled to %s%s", f"{1 - padding / max(places, 1):.1%}", mixed)
     if dropped:

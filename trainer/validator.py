@@ -52,7 +52,10 @@ class Validator:
             model.train()
         for name, total in totals.items():
             if not total.count:
-                raise DataError(f"validation set {name!r}: no valid label token in it, nothing to judge by")
+                raise DataError(
+                    f"validation set {name!r}: no valid label token in what was read of it, nothing to judge by: raise"
+                    " validation.steps, or give other documents"
+                )
         losses = {name: float(total.loss_sum / total.count) for name, total in totals.items()}
         if len(losses) == 1:
             return next(iter(losses.values()))

@@ -19,13 +19,18 @@ from components.data.indexed import RowIndex
 from components.data.instruction import build_instruction_encoder, columns_of
 from components.data.names import name_of
 from components.data.registry import datasets, open_dataset, open_path
-from components.data.splits import TokenSlice, is_shares, share_bounds, take_share
+from components.data.shares import is_shares, share_bounds
+from components.data.splits import TokenSlice, take_share
 from components.data.token_files import TokenFiles, open_tokens
 from components.data.token_paths import is_tokens
 from components.data.token_rows import Tokens
 from components.data.token_shards import Marks
 from components.data.tokenizer import Tokenizer
 from components.runtime.errors import ConfigError, DataError
+
+USUAL = Source()
+OF_TEXT = ("fim_rate", "fim_spm_rate", "fim_tokens", "text_field")
+"""Keys of a source that do nothing where it turns out to be token files."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,8 @@ class Opener:
         path = source.path
         if path is not None and source.dataset not in datasets and self.finds_tokens(source, path):
             return self.open_tokens(source, path, name)
+        if path is not None and source.kind != "tokens" and source.dataset not in datasets and is_tokens(path):
+            raise ConfigError(f'source {name!r}: kind = "{source.kind}": {path} holds tokens; leave kind out')
         documents = self.documents(source)
         if isinstance(documents, RowIndex):
             return Opened(name, documents, None, source.weight, source.epochs)
@@ -87,11 +94,13 @@ class Opener:
 
     def open_tokens(self, source: Source, path: str, name: str) -> Opened:
         """A source of token files. Where Megatron-LM's order is wanted, shares are of sequences, as there."""
-        if source.fim_rate:
-            raise ConfigError(
-                f"source {name!r}: fim_rate = {source.fim_rate}: only text is rearranged to fill in the middle, and"
-                f" {path} holds tokens; leave it out, or give the text"
-            )
+        for key in OF_TEXT:
+            value = getattr(source, key)
+            if value != getattr(USUAL, key):
+                raise ConfigError(
+                    f"source {name!r}: {key} = {value!r}: is for text, and {path} holds tokens; leave it out, or give"
+                    " the text"
+                )
         files = open_tokens(path, Marks(None if self.tokenizer is None else self.tokenizer.eos_id))
         part = files if source.split is None else self.share(files, source.split, name)
         tokens: Tokens | None = part if isinstance(part, TokenFiles | TokenSlice) else None

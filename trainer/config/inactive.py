@@ -216,11 +216,9 @@ INACTIVE = (
         'training.dataset is "synthetic", whose rows are drawn by their number, without end',
     ),
     Inactive(("data.shuffle_window",), lambda job: not job.data.shuffle, "data.shuffle is false"),
+    Inactive(("training.dataset",), lambda job: bool(job.data.sources), "[[data.sources]] are there"),
     Inactive(
-        ("training.dataset", "training.dataset_path"), lambda job: bool(job.data.sources), "[[data.sources]] are there"
-    ),
-    Inactive(
-        ("validation.dataset", "validation.dataset_path"),
+        ("validation.dataset",),
         lambda job: bool(job.validation.sources),
         "[[validation.sources]] are there",
     ),

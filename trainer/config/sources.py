@@ -5,7 +5,6 @@ A key of a table that would do nothing is refused rather than listed as inactive
 and a `prompt` on a text source is a mistake about its kind. What only the files can tell is found when they are opened.
 """
 
-import re
 from collections import Counter
 from collections.abc import Iterator
 
@@ -14,6 +13,8 @@ from components.config.data import Source
 from components.config.job_config import JobConfig
 from components.config.nearest import did_you_mean
 from components.data.names import DATASETS, name_of
+from components.data.shares import is_shares, parse_shares
+from components.runtime.errors import ConfigError
 
 USUAL = Source()
 CHATS = ("chat", "instruction", "squad", "hellaswag")
@@ -32,8 +33,6 @@ KINDS_OF_KEYS = {
 }
 """Keys that only some kinds of sources read."""
 
-SHARES = re.compile(r"\s*\d+(\.\d+)?\s*(,\s*\d+(\.\d+)?\s*){1,2}")
-
 
 def check_sources(job: JobConfig) -> Iterator[str]:
     """A line for each problem, led by the dotted key of its table."""
@@ -50,8 +49,21 @@ def check_sources(job: JobConfig) -> Iterator[str]:
                 f'data.sources[{i}].kind = "preference": there is no loss of pairs to train on them with yet; look at'
                 " them with scripts/inspect_data.py, or train on the chosen answers as a chat"
             )
+    yield from _replaced(job)
     yield from _order(job)
     yield from _labels(job)
+
+
+def _replaced(job: JobConfig) -> Iterator[str]:
+    """A path of the short form beside a table would be ignored; a dataset's name has a default, and is."""
+    sections = {"training": (job.data.sources, job.training.dataset_path)}
+    if job.validation.enable:
+        sections["validation"] = (job.validation.sources, job.validation.dataset_path)
+    for section, (sources, path) in sections.items():
+        if sources and path is not None:
+            tables = "[[data.sources]]" if section == "training" else "[[validation.sources]]"
+            why = f"{tables} take its place; name it there, or leave it out"
+            yield f"{section}.dataset_path = {toml_literal(path)}: {why}"
 
 
 def _tables(job: JobConfig, key: str, sources: list[Source]) -> Iterator[str]:
@@ -84,8 +96,11 @@ def _table(job: JobConfig, source: Source) -> Iterator[str]:
                 yield f'.{key}: is missing: say what it is made of, with columns in braces, such as "{{question}}"'
     if source.fim_tokens and len(source.fim_tokens) != 3:
         yield f".fim_tokens = {toml_literal(source.fim_tokens)}: must be the tokens before prefix, suffix and middle"
-    if source.split and "," in source.split and not SHARES.fullmatch(source.split):
-        yield f'.split = {toml_literal(source.split)}: shares must be two or three numbers, such as "98,2" or "98,1,1"'
+    if source.split is not None and is_shares(source.split):
+        try:
+            parse_shares(source.split, ".split")
+        except ConfigError as error:
+            yield str(error)
 
 
 def _order(job: JobConfig) -> Iterator[str]:

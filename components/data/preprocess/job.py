@@ -240,11 +240,12 @@ def _check(options: Options) -> None:
 
 
 def open_tokenizer(path: str) -> Tokenizer:
-    """The tokenizer in a folder. Raises DataError."""
-    folder = find_path(path)
-    if folder is None or not folder.is_dir() or not (folder / "tokenizer.json").is_file():
+    """The tokenizer in a folder, which its tokenizer.json may be named for. Raises DataError."""
+    folder = path.removesuffix("tokenizer.json").removesuffix("/") or "."
+    found = find_path(folder)
+    if found is None or not (found / "tokenizer.json").is_file():
         raise DataError(f"--tokenizer {path}: no folder with a tokenizer.json in it")
-    return load_tokenizer(path)
+    return load_tokenizer(folder)
 
 
 def _special(options: Options, tokenizer: Tokenizer, which: str, text: str | None, own: int | None) -> int:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from components.data.splits import share_bounds
+from components.data.shares import share_bounds
 from components.data.token_bytes import TokenBytes
 from components.data.token_index import Index, open_index
 from components.data.token_writer import IndexedWriter

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from components.data.splits import Slice, TokenSlice, is_shares, parse_shares, share_bounds, take_share
+from components.data.shares import is_shares, parse_shares, share_bounds
+from components.data.splits import Slice, TokenSlice, take_share
 from components.data.token_files import TokenFiles, open_tokens
 from components.data.token_writer import IndexedWriter
 from components.runtime.errors import ConfigError

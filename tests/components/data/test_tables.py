@@ -69,7 +69,7 @@ def test_token_files_are_not_filled_in_the_middle(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         loader(config(replaced(tokens, fim_rate=0.5)))
     assert str(error.value) == (
-        "source 'tokens': fim_rate = 0.5: only text is rearranged to fill in the middle, and"
+        "source 'tokens': fim_rate = 0.5: is for text, and"
         f" {tmp_path / 'tokens'} holds tokens; leave it out, or give the text"
     )
 
@@ -216,3 +216,14 @@ def test_a_resume_with_other_sources_says_which_facts_differ(tmp_path: Path, pac
     assert told(b, a) == "order_of_sources was ['a', 'b'], is ['b', 'a']"
     assert told(replaced(a, weight=3.0), b) == "sources.a.weight was 1.0, is 3.0"
     assert "sources.b is missing; sources.c is new" in told(a, replaced(b, name="c"))
+
+
+def test_token_files_are_no_text(tmp_path: Path) -> None:
+    source = token_file(tmp_path, "tokens", [4], 10)
+    assert refusal(ConfigError, config(replaced(source, kind="text"))) == (
+        f"source 'tokens': kind = \"text\": {tmp_path}/tokens holds tokens; leave kind out"
+    )
+    assert refusal(ConfigError, config(replaced(source, text_field="body"))) == (
+        f"source 'tokens': text_field = 'body': is for text, and {tmp_path}/tokens holds tokens; leave it out, or give"
+        " the text"
+    )

@@ -42,7 +42,7 @@ def problems(toml: str, tmp_path: Path, *arguments: str) -> list[str]:
         ),
         (
             'path = "x.jsonl"\nsplit = "98,x"',
-            '.split = "98,x": shares must be two or three numbers, such as "98,2" or "98,1,1"',
+            ".split = '98,x': not shares; allowed: up to three numbers, not negative and not all 0, such as \"98,1,1\"",
         ),
         (
             'path = "x.jsonl"\nkind = "preference"',
@@ -94,3 +94,9 @@ def test_labels_cross_documents_only_where_they_follow_each_other(tmp_path: Path
         " it; set one of them to false",
         f'{at}: {key}: needs data.packing = "concat", not "best_fit"',
     ]
+
+
+def test_a_path_beside_tables_is_not_ignored(tmp_path: Path) -> None:
+    toml = '[training]\ndataset_path = "x.jsonl"\n[[data.sources]]\npath = "y.jsonl"\n'
+    why = "[[data.sources]] take its place; name it there, or leave it out"
+    assert problems(toml, tmp_path) == [f'{tmp_path}/job.toml:2: training.dataset_path = "x.jsonl": {why}']
