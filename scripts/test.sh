@@ -27,4 +27,5 @@ if [ $# -eq 0 ]; then
     "$python" scripts/generate_docs.py --check
     echo "== tests"
 fi
-exec "$python" -m pytest -m "not slow and not gpu" --durations=15 "$@"
+# Two files at a time: most tests take one core, and those of ranks wait for each other much of their time.
+exec "$python" -m pytest -m "not slow and not gpu" -n 2 --dist loadfile --durations=15 "$@"
