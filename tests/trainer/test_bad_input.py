@@ -54,7 +54,7 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "no such data": (
         ("--training.dataset_path=nowhere",),
         "nowhere: no such file or folder (looked in the current folder and the project's); check"
-        " training.dataset_path or validation.dataset_path",
+        " dataset_path, or the path of the source",
     ),
     "an empty file": (
         ("--training.dataset_path=empty.jsonl",),
