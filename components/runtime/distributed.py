@@ -128,7 +128,12 @@ def new_host_group(name: str, seconds: float) -> ProcessGroup | None:
 
 
 def destroy() -> None:
-    """End all process groups, if there are any."""
+    """End all process groups, if there are any. Collective.
+
+    The store goes with the rank that hosts it, and others may still ask it; so all come here before one leaves.
+    """
+    if dist.is_initialized() and dist.get_backend() != dist.Backend.FAKE:
+        dist.all_reduce(torch.zeros(1))  # over gloo in every set-up
     if witness := running():
         witness.close()
     if dist.is_initialized():

@@ -160,6 +160,21 @@ def test_two_ranks_meet_at_the_master() -> None:
     assert run_ranks(2, _together, _free_port(), backend=None) == [2.0, 2.0]
 
 
+def _leaves(port: int) -> tuple[float, float]:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    world = World.from_environ(os.environ)
+    init_process_group(world, CPU, Comm(init_timeout_seconds=20), ".")
+    time.sleep(0.3 * world.rank)
+    still_at_work = time.monotonic()
+    distributed.destroy()
+    return still_at_work, time.monotonic()
+
+
+def test_no_rank_leaves_while_another_may_ask_its_store() -> None:
+    (_, host_left), (last_at_work, _) = run_ranks(2, _leaves, _free_port(), backend=None)
+    assert host_left > last_at_work
+
+
 def test_no_master(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     monkeypatch.setenv("MASTER_PORT", "99999")
