@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import numpy as np
+
 from components.data.chat.masks import assistant_spans
 from components.data.chat.messages import Chat, bad, parse_chat
 from components.data.chat.template import ChatTemplate
@@ -23,7 +25,8 @@ class ChatEncoder:
     Args:
         tokenizer: Must know the template's control tokens as special tokens.
         messages_field: None: `messages` or `conversations`.
-        train_on: Every turn of the assistant, its last one, or every token, headers and results of tools included.
+        train_on: Every turn of the assistant, its last one, or every token, headers and results of tools included;
+            in each case without turns of weight 0.
     """
 
     def __init__(
@@ -49,24 +52,40 @@ class ChatEncoder:
         """See Encoder. Raises DataError for a template that no chat can be trained with."""
         chat = parse_chat(record, where, messages_field=self._messages_field, tools_field=self._tools_field)
         if self._train_on == "all":
-            return self.encode_chat(chat, None, where)
+            return self._encode_all(chat, where)
+        if not chat.turns:
+            answers = any(x["role"] == "assistant" for x in chat.messages)
+            what = "all that the assistant says has weight 0" if answers else "the assistant says nothing"
+            raise bad(where, f"{what}, so there is nothing to learn")
         return self.encode_chat(chat, chat.turns if self._train_on == "assistant" else chat.turns[-1:], where)
 
-    def encode_chat(self, chat: Chat, turns: Sequence[int] | None, where: Where) -> Encoded:
-        """A parsed chat, with the loss on some messages of the assistant; None: on everything. Raises BadRecord."""
+    def encode_chat(self, chat: Chat, turns: Sequence[int], where: Where) -> Encoded:
+        """A parsed chat, with the loss on some messages of the assistant. Raises BadRecord."""
+        ids, said = self._ids(chat, turns, where)
+        if not said[1:].any():
+            raise bad(where, "what the assistant says becomes no token, so there is nothing to learn")
+        return Encoded(ids, said)
+
+    def _encode_all(self, chat: Chat, where: Where) -> Encoded:
+        for i in chat.muted:
+            if (role := chat.messages[i]["role"]) != "assistant":
+                raise bad(where, f'message {i + 1} ({role}) has weight 0; with train_on = "all" only what the assistant'
+                                 " says can be kept out of the loss")  # fmt: skip
+        ids, muted = self._ids(chat, chat.muted or None, where)
+        if chat.muted and muted[1:].all():
+            raise bad(where, "nothing is left to learn: all of it has weight 0")
+        return Encoded(ids, ~muted if chat.muted else None)
+
+    def _ids(self, chat: Chat, turns: Sequence[int] | None, where: Where) -> tuple[np.ndarray, np.ndarray]:
+        """Ids, and which of them are of some messages of the assistant; None: of none. # (tokens,), (tokens,) bool"""
         text, spans = self._rendered(chat, turns, where)
         try:
-            ids, targets = self._tokens.encode(text, spans)
+            return self._tokens.encode(text, spans)
         except DataError:
             raise
         except Exception as error:  # the library raises bare Exception
             what = f"the tokenizer fails on this chat ({type(error).__name__}: {error})"
             raise BadRecord(f"{where()}:1: {what}; {MEND}") from error
-        if turns is None:
-            return Encoded(ids, None)
-        if not targets[1:].any():
-            raise bad(where, "what the assistant says becomes no token, so there is nothing to learn")
-        return Encoded(ids, targets)
 
     def render(self, chat: Chat, where: Where) -> str:
         """The text of a chat, as the template prints it. Raises BadRecord."""

@@ -14,6 +14,10 @@ assistant:
 This holds for templates that rewrite earlier turns (dropping their reasoning, say), fold the system's turn into the
 user's, or close the last turn differently, since places are compared only next to the turn. What does not fit is
 refused; a search for headers by their text was rejected, since it would find them in messages, too.
+
+The price is that each turn takes renderings of all before it, so that time grows with the square of a chat's length,
+and long chats are refused. Rendering only the last messages before a turn was rejected: a template may remember any of
+the others, and nothing in the text would tell that the mask is wrong.
 """
 
 import re
@@ -22,7 +26,7 @@ from itertools import pairwise, takewhile
 from typing import Any, NamedTuple
 
 from components.data.chat.messages import Chat, Message, bad
-from components.data.chat.template import ChatTemplate
+from components.data.chat.template import ChatTemplate, Rendering
 from components.data.chat.tokens import MARK, ChatTokens, Span
 from components.data.documents import BadRecord
 from components.data.encoding import Where
@@ -30,6 +34,8 @@ from components.runtime.errors import DataError
 
 MARKS = re.compile(f"([{chr(MARK)}-\U0010ffef])")
 KINDS = ("content", "reasoning", "call")
+MAX_BEFORE = 62500
+"""Messages before each learnt turn, added up: those of 250 turns in 500 messages."""
 Field = tuple[int, int]
 """Message, and index of KINDS."""
 
@@ -41,8 +47,8 @@ class Marked(NamedTuple):
     """Without marks."""
     marks: list[tuple[int, Field]]
     """Places where a field begins or ends, in order."""
-    fields: list[Field]
-    """Those that were marked."""
+    messages: list[Message]
+    """What was rendered, marks included."""
 
 
 def assistant_spans(
@@ -60,7 +66,7 @@ def assistant_spans(
     if generated is None:
         spans = _found(template, tokens, chat, text, turns, where)
     else:
-        spans = _of_turns(template, chat, generated, turns, where)
+        spans = _of_turns(template, chat, Rendering(text, generated), turns, where)
     said = "".join(text[a:b] for a, b in spans)
     for i in turns:
         for call in chat.messages[i].get("tool_calls", ()):
@@ -74,6 +80,7 @@ def _found(
     template: ChatTemplate, tokens: ChatTokens, chat: Chat, text: str, turns: Sequence[int], where: Where
 ) -> list[Span]:
     """What the assistant says in some turns, where the template does not say it."""
+    _bound(template, turns, where)
     whole = _marked_whole(template, chat, text, where)
     spans = [_Turn(template, tokens, chat, i, whole, where).span() for i in turns]
     for (_, end), (start, _) in pairwise(spans):
@@ -83,13 +90,17 @@ def _found(
 
 
 def _of_turns(
-    template: ChatTemplate, chat: Chat, generated: list[Span], turns: Sequence[int], where: Where
+    template: ChatTemplate, chat: Chat, rendered: Rendering, turns: Sequence[int], where: Where
 ) -> list[Span]:
-    """Marked text of some turns: as many marks as a rendering up to a turn has belong to the turns up to it."""
+    """Marked text of some turns: what holds their fields, or as much as a rendering up to a turn has more."""
+    generated = rendered.generated
     if not generated:
         raise bad(where, f"the chat template ({template.origin}) marks nothing in this chat as generated")
     if list(turns) == [i for i, x in enumerate(chat.messages) if x["role"] == "assistant"]:
         return generated
+    if speakers := _speakers(template, chat, rendered, where):
+        return [x for x, speaker in zip(generated, speakers, strict=True) if speaker in turns]
+    _bound(template, turns, where)
 
     def marks_before(message: int) -> int:
         if not any(x["role"] == "assistant" for x in chat.messages[:message]):
@@ -97,6 +108,30 @@ def _of_turns(
         return len(template.render(Chat(chat.messages[:message], chat.tools), where).generated or ())
 
     return [x for i in turns for x in generated[marks_before(i) : marks_before(i + 1)]]
+
+
+def _speakers(template: ChatTemplate, chat: Chat, rendered: Rendering, where: Where) -> list[int] | None:
+    """The message whose fields each marked text holds; None if they cannot be told by that."""
+    try:
+        found = template.render(Chat(_with_marks(chat.messages, _fields(chat.messages)), chat.tools), where)
+    except BadRecord:
+        return None
+    spans = found.generated or []
+    if MARKS.sub("", found.text) != rendered.text or len(spans) != len(rendered.generated or ()):
+        return None
+    held = [{_field_of(x.group())[0] for x in MARKS.finditer(found.text, *span)} for span in spans]
+    return [x.pop() for x in held] if all(len(x) == 1 for x in held) else None
+
+
+def _bound(template: ChatTemplate, turns: Sequence[int], where: Where) -> None:
+    """Raises BadRecord for a chat that would take long."""
+    if sum(turns) > MAX_BEFORE:
+        raise bad(
+            where,
+            f"the messages before each turn that is learnt add up to {sum(turns)}, more than {MAX_BEFORE} (250 turns in"
+            f" 500 messages); mark what is generated in the chat template ({template.origin}) with {{% generation %}},"
+            ' set train_on to "last" or "all", or split the chat',
+        )
 
 
 class _Turn:
@@ -194,8 +229,8 @@ class _Turn:
 
     def _render(self, count: int, *, prompt: bool) -> Marked:
         """The first messages, marked."""
-        chat = Chat(self._chat.messages[:count], self._chat.tools)
-        return _marked(self._template, chat, self._whole.fields, self._where, prompt=prompt)
+        first = Chat(self._whole.messages[:count], self._chat.tools)
+        return _read(self._template, first, self._where, prompt=prompt)
 
     def _unclear(self, what: str) -> BadRecord:
         return bad(
@@ -210,7 +245,7 @@ def _marked_whole(template: ChatTemplate, chat: Chat, text: str, where: Where) -
     fields = _fields(chat.messages)
     marked = _try(template, chat, fields, text, where)
     if marked is None:
-        fields = [x for x in fields if _try(template, chat, [x], text, where) is not None]
+        fields = _harmless(template, chat, fields, text, where)
         marked = _try(template, chat, fields, text, where)
     if marked is None:
         raise bad(where, f"the chat template ({template.origin}) looks into messages, so that what the assistant says"
@@ -218,25 +253,31 @@ def _marked_whole(template: ChatTemplate, chat: Chat, text: str, where: Where) -
     return marked
 
 
+def _harmless(template: ChatTemplate, chat: Chat, fields: Sequence[Field], text: str, where: Where) -> list[Field]:
+    """The fields that may be marked, found by halves: mostly all but a few."""
+    if _try(template, chat, fields, text, where) is not None:
+        return list(fields)
+    middle = len(fields) // 2
+    halves = (fields[:middle], fields[middle:]) if middle else ()
+    return [x for half in halves for x in _harmless(template, chat, half, text, where)]
+
+
 def _try(template: ChatTemplate, chat: Chat, fields: Sequence[Field], text: str, where: Where) -> Marked | None:
     try:
-        marked = _marked(template, chat, fields, where)
+        marked = _read(template, Chat(_with_marks(chat.messages, fields), chat.tools), where)
     except BadRecord:
         return None
     return marked if marked.text == text else None
 
 
-def _marked(
-    template: ChatTemplate, chat: Chat, fields: Sequence[Field], where: Where, *, prompt: bool = False
-) -> Marked:
-    wanted = set(fields)
-    messages = [_around(x, i, wanted) for i, x in enumerate(chat.messages)]
-    pieces = MARKS.split(template.render(Chat(messages, chat.tools), where, prompt=prompt).text)
+def _read(template: ChatTemplate, chat: Chat, where: Where, *, prompt: bool = False) -> Marked:
+    """Renders marked messages."""
+    pieces = MARKS.split(template.render(chat, where, prompt=prompt).text)
     marks, place = [], 0
     for piece, mark in zip(pieces[::2], pieces[1::2], strict=False):
         place += len(piece)
-        marks.append((place, divmod((ord(mark) - MARK) // 2, len(KINDS))))
-    return Marked("".join(pieces[::2]), marks, list(fields))
+        marks.append((place, _field_of(mark)))
+    return Marked("".join(pieces[::2]), marks, chat.messages)
 
 
 def _fields(messages: Sequence[Message]) -> list[Field]:
@@ -248,6 +289,12 @@ def _has(message: Message, kind: str) -> bool:
     if kind == "call":
         return "tool_calls" in message
     return bool(message.get("content" if kind == "content" else "reasoning_content", "").strip())
+
+
+def _with_marks(messages: Sequence[Message], fields: Sequence[Field]) -> list[Message]:
+    """Messages with private characters around some of their fields."""
+    wanted = set(fields)
+    return [_around(x, i, wanted) for i, x in enumerate(messages)]
 
 
 def _around(message: Message, number: int, wanted: set[Field]) -> Message:
@@ -268,6 +315,10 @@ def _around(message: Message, number: int, wanted: set[Field]) -> Message:
 def _common(*all_texts: str) -> str:
     """What texts begin with together."""
     return all_texts[0][: sum(1 for _ in takewhile(lambda x: len(set(x)) == 1, zip(*all_texts, strict=False)))]
+
+
+def _field_of(mark: str) -> Field:
+    return divmod((ord(mark) - MARK) // 2, len(KINDS))
 
 
 def _mark(text: str, number: int, kind: int) -> str:

@@ -49,6 +49,11 @@ class Chat(NamedTuple):
         """Which messages the assistant says, counted from 0, without those that it is not to learn (`weight` 0)."""
         return [i for i, x in enumerate(self.messages) if x["role"] == "assistant" and x.get("weight") != 0]
 
+    @property
+    def muted(self) -> list[int]:
+        """Which messages are not to be learnt."""
+        return [i for i, x in enumerate(self.messages) if x.get("weight") == 0]
+
 
 def bad(where: Where, what: str) -> BadRecord:
     """The error for a record."""
@@ -56,19 +61,14 @@ def bad(where: Where, what: str) -> BadRecord:
 
 
 def parse_chat(record: Record, where: Where, *, messages_field: str | None = None, tools_field: str = "tools") -> Chat:
-    """The chat of a record, in which the assistant says something. Raises BadRecord."""
+    """The chat of a record. Raises BadRecord."""
     fields = fields_of(record, where)
     name = messages_field or next((x for x in FIELDS if fields.get(x) is not None), None)
     if name is None or fields.get(name) is None:
         asked = repr(messages_field) if messages_field else " or ".join(repr(x) for x in FIELDS)
         there = ", ".join(repr(x) for x in fields) or "none"
         raise bad(where, f"no field {asked} (fields: {there}; the source's messages_field names the field to read)")
-    chat = Chat(parse_messages(fields[name], where, f"field {name!r}"), _tools(fields.get(tools_field), where))
-    if not any(x["role"] == "assistant" for x in chat.messages):
-        raise bad(where, f"field {name!r}: the assistant says nothing, so there is nothing to learn")
-    if not chat.turns:
-        raise bad(where, f"field {name!r}: all that the assistant says has weight 0, so there is nothing to learn")
-    return chat
+    return Chat(parse_messages(fields[name], where, f"field {name!r}"), _tools(fields.get(tools_field), where))
 
 
 def fields_of(record: Record, where: Where) -> Mapping[str, Any]:

@@ -13,9 +13,9 @@ from tokenizers.models import BPE
 
 from components.data.chat.encoder import ChatEncoder
 from components.data.chat.messages import Chat, Message
-from components.data.chat.template import ChatTemplate
+from components.data.chat.template import ChatTemplate, Rendering
 from components.data.documents import BadRecord
-from components.data.encoding import Encoded, Seat
+from components.data.encoding import Encoded, Seat, Where
 from components.data.tokenizer import Tokenizer
 from components.runtime.errors import DataError
 from tests.components.data.chats import (
@@ -95,6 +95,11 @@ def test_answers_with_their_ends(name: str) -> None:
     assert learnt(encode(name, ASK, {**SAY, "weight": 0}, AGAIN, MORE)) == expected[1:]
     assert learnt(encode(name, ASK, SAY, AGAIN, {**MORE, "weight": 0})) == expected[:1]
     assert encode(name, ASK, SAY, AGAIN, MORE, train_on="all").targets is None
+    muted = encode(name, SYSTEM, ASK, {**SAY, "weight": 0}, AGAIN, MORE, train_on="all")
+    spoken = encode(name, SYSTEM, ASK, SAY, AGAIN, {**MORE, "weight": 0})
+    assert muted.targets is not None
+    assert spoken.targets is not None
+    assert muted.targets.tolist() == (~spoken.targets).tolist()
 
 
 CALLED = '{"a": 1, "b": "<é>"}'
@@ -166,6 +171,39 @@ def test_a_last_turn_that_closes_otherwise() -> None:
         f"{final}It is so.<|end|>",
         f"{thought}{final}It is so.<|return|>",
     ]
+
+
+def test_all_takes_what_has_weight() -> None:
+    """Also of a chat in which nobody answers, or no answer is to be learnt."""
+    text = "<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\nYes, Ann.<|im_end|>\n"
+    first = "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+    asked = encode("qwen2_5", ASK, train_on="all")
+    assert asked.targets is None
+    assert tokenizer().decode(asked.tokens.tolist()) == first + text.partition("<|im_start|>assistant")[0]
+    mute = {**SAY, "weight": 0}
+    runs = learnt(encode("qwen2_5", ASK, mute, train_on="all"))
+    assert runs == [first + text.partition("Yes")[0], "\n"]
+    with pytest.raises(BadRecord) as error:
+        encode("qwen2_5", {**ASK, "weight": 0}, SAY, train_on="all")
+    assert str(error.value) == (
+        'chats.jsonl:7:1: message 1 (user) has weight 0; with train_on = "all" only what the assistant says can be kept'
+        ' out of the loss; mend the record, or skip such records with data.on_bad_record = "skip"'
+    )
+    nothing = one("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}")
+    with pytest.raises(BadRecord) as error:
+        ChatEncoder(tokenizer(), nothing, train_on="all").encode({"messages": [mute]}, where, SEAT)
+    assert str(error.value).startswith("chats.jsonl:7:1: nothing is left to learn: all of it has weight 0; ")
+
+
+@pytest.mark.parametrize("train_on", ["assistant", "last"])
+def test_nothing_to_learn(train_on: str) -> None:
+    def refusal(*messages: Message) -> str:
+        with pytest.raises(BadRecord) as error:
+            encode("qwen2_5", *messages, train_on=train_on)
+        return str(error.value).partition(", so there is nothing to learn; ")[0].removeprefix("chats.jsonl:7:1: ")
+
+    assert refusal(ASK) == "the assistant says nothing"
+    assert refusal(ASK, {**SAY, "weight": 0}) == "all that the assistant says has weight 0"
 
 
 def test_exact_ids() -> None:
@@ -324,6 +362,61 @@ def test_many_turns() -> None:
     talk = [SYSTEM, *[ASK, SAY] * 20]
     assert learnt(encode("qwen2_5", *talk)) == ["Yes, Ann.<|im_end|>"] * 20
     assert Chat(talk).turns == list(range(2, 42, 2))
+
+
+def talk(turns: int) -> list[Message]:
+    return [x for i in range(turns) for x in ({"role": "user", "content": f"Why {i}?"}, {**SAY, "content": f"So {i}."})]
+
+
+def test_long_chats_are_bounded_where_turns_must_be_found() -> None:
+    """Each learnt turn takes renderings of all before it."""
+    assert refused(LOOP.replace("BODY", "m.content"), *talk(251)) == (
+        "the messages before each turn that is learnt add up to 63001, more than 62500 (250 turns in 500 messages);"
+        ' mark what is generated in the chat template (t.jinja) with {% generation %}, set train_on to "last" or "all",'
+        " or split the chat"
+    )
+    last = ChatEncoder(tokenizer(), one(LOOP.replace("BODY", "m.content")), train_on="last")
+    assert learnt(last.encode({"messages": talk(251)}, where, SEAT)) == ["<|im_start|>assistant\nSo 250.<|im_end|>"]
+
+
+class Counted(ChatTemplate):
+    """Counts renderings."""
+
+    count = 0
+
+    def render(self, chat: Chat, where: Where, *, prompt: bool = False) -> Rendering:
+        """See ChatTemplate."""
+        self.count += 1
+        return super().render(chat, where, prompt=prompt)
+
+
+def counted(source: str, *messages: Message) -> tuple[int, list[str]]:
+    """Renderings of a chat, and what is learnt of it."""
+    template = Counted({"default": source}, {}, "t.jinja")
+    found = learnt(ChatEncoder(tokenizer(), template).encode({"messages": list(messages)}, where, SEAT))
+    return template.count, found
+
+
+def test_marked_turns_are_told_apart_by_one_rendering() -> None:
+    messages, source = talk(300), MARKED.replace("BODY", "m.content")
+    messages[1] = {**messages[1], "weight": 0}
+    assert counted(source, *messages) == (2, [f"So {i}.<|im_end|>" for i in range(1, 300)])
+
+
+def test_fields_that_a_template_looks_into_are_found_by_halves() -> None:
+    """One of 128 fields cannot be marked."""
+    body = "('!' if m.content.startswith('Why 9?') else m.content)"
+    plain = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "").replace("BODY", body)
+    count, found = counted(plain, *talk(64))
+    assert found == [f"So {i}.<|im_end|>" for i in range(64)]
+    assert count <= 2 * 64 + 2 * 7 + 4
+
+
+def test_marks_without_a_field_in_them() -> None:
+    """An answer is told by its place then."""
+    ends = MARKED.replace("{% generation %}", "").replace("{{ BODY + ", "{{ m.content }}{% generation %}{{ ", 1)
+    count, found = counted(ends.replace("BODY", "m.content"), *talk(2), ASK, {**SAY, "weight": 0})
+    assert (count, found) == (5, ["<|im_end|>"] * 2)
 
 
 MARKED = (

@@ -116,11 +116,6 @@ def say(*messages: object) -> dict[str, Any]:
         ({"messages": "[{"}, "field 'messages' is a string, but not JSON (Expecting property name enclosed in double"
                              " quotes)"),
         ({"messages": [USER] * 2001}, "field 'messages' has 2001 messages; at most 2000 are allowed"),
-        ({"conversations": [USER]}, "field 'conversations': the assistant says nothing, so there is nothing to learn"),
-        (
-            say({**SAYS, "weight": 0}),
-            "field 'messages': all that the assistant says has weight 0, so there is nothing to learn",
-        ),
         (say({**SAYS, "weight": 0.5}), "field 'messages', message 2: weight 0.5; allowed are 0 (not to be learnt)"
                                        " and 1"),
         (say("Hello"), "field 'messages', message 2 is str, not an object"),
