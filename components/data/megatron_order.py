@@ -55,34 +55,34 @@ class Epochs(NamedTuple):
     """The last epoch is shuffled by itself."""
 
 
-def epochs_needed(tokens: int, samples: int | None, seq_len: int, extra: int = 1) -> int:
-    """Smallest number of epochs of `tokens` each that hold the samples; 1 if `samples` is None.
+def epochs_needed(tokens: int, samples: int, seq_len: int) -> int:
+    """Smallest number of epochs of `tokens` each that hold the samples, the last label too.
 
-    `extra` is 1 if a sample is one token longer than its row, for the last label. Raises DataError without tokens.
+    Raises DataError without tokens.
     """
     if tokens <= 0:
         raise DataError("no tokens in the documents of this split; give more documents, or another split")
-    return 1 if samples is None else max(1, ceil_div(samples * seq_len + extra, tokens))
+    return ceil_div(samples * seq_len + 1, tokens)
 
 
-def separate_final_epoch(tokens: int, epochs: int, samples: int | None, seq_len: int, extra: int = 1) -> bool:
+def separate_final_epoch(tokens: int, epochs: int, samples: int, seq_len: int) -> bool:
     """Whether the last epoch is shuffled by itself: where less than 80 % of it is used."""
-    if epochs == 1 or samples is None:
+    if epochs == 1:
         return False
-    last = samples - samples_before_final(tokens, epochs, seq_len, extra)
-    return last < int(SEPARATE_BELOW * ((tokens - extra) // seq_len))
+    last = samples - samples_before_final(tokens, epochs, seq_len)
+    return last < int(SEPARATE_BELOW * ((tokens - 1) // seq_len))
 
 
-def samples_before_final(tokens: int, epochs: int, seq_len: int, extra: int = 1) -> int:
+def samples_before_final(tokens: int, epochs: int, seq_len: int) -> int:
     """Samples of all epochs but the last."""
-    return ((epochs - 1) * tokens - extra) // seq_len
+    return ((epochs - 1) * tokens - 1) // seq_len
 
 
-def epochs_of(lengths: np.ndarray, samples: int | None, seq_len: int, extra: int = 1) -> Epochs:
-    """The epochs of a source that holds at least `samples` samples; None: one. Raises DataError without tokens."""
+def epochs_of(lengths: np.ndarray, samples: int, seq_len: int) -> Epochs:
+    """The epochs of a source that holds at least `samples` samples. Raises DataError without tokens."""
     tokens = int(lengths.sum(dtype=np.int64))
-    count = epochs_needed(tokens, samples, seq_len, extra)
-    return Epochs(tokens, count, separate_final_epoch(tokens, count, samples, seq_len, extra))
+    count = epochs_needed(tokens, samples, seq_len)
+    return Epochs(tokens, count, separate_final_epoch(tokens, count, samples, seq_len))
 
 
 def document_index(count: int, epochs: int, state: np.random.RandomState, *, separate: bool) -> np.ndarray:
@@ -94,34 +94,22 @@ def document_index(count: int, epochs: int, state: np.random.RandomState, *, sep
     return np.concatenate(made)
 
 
-def sample_index(
-    lengths: np.ndarray, documents: np.ndarray, seq_len: int, *, extra: int = 1, drop_last: bool = True
-) -> np.ndarray:
+def sample_index(lengths: np.ndarray, documents: np.ndarray, seq_len: int) -> np.ndarray:
     """Where each sample starts, and where the last one ends: position in `documents` and token offset there.
 
-    Sample i starts at token i·L of the documents one after the other. The end of a shorter last sample, which is there
-    unless `drop_last`, is the end of the last document, less `extra`.
+    Sample i starts at token i·L of the documents one after the other. A shorter last one is left out.
 
     Args:
         lengths: Tokens of each document. # (documents,)
         documents: As `document_index` gives them.
-        seq_len: Tokens in a row, L.
-        extra: See `epochs_needed`.
-        drop_last: Leave out the last sample if it is short.
+        seq_len: Tokens in a row, L; a sample has one more, for the last label.
     """
     lengths = lengths[documents].astype(np.int64)
     start = np.concatenate([[0], np.cumsum(lengths)])
-    usable = int(start[-1]) - extra
-    count = usable // seq_len if drop_last else ceil_div(usable, seq_len)
-    tokens = np.arange(count + 1, dtype=np.int64) * seq_len
-    if extra:
-        at = np.searchsorted(start[:-1], tokens, "right") - 1
-    else:  # a sample that ends with a document leaves the next one's start to the next sample
-        at = np.maximum(np.searchsorted(start, tokens, "left") - 1, 0)
+    tokens = np.arange((int(start[-1]) - 1) // seq_len + 1, dtype=np.int64) * seq_len
+    at = np.searchsorted(start[:-1], tokens, "right") - 1
     at[0] = 0
     found = np.stack([at, tokens - start[at]], 1)
-    if tokens[-1] > usable:
-        found[-1] = len(documents) - 1, lengths[-1] - extra
     small = max(len(documents), int(lengths.max())) <= MAX_INT32
     return found.astype(np.int32) if small else found
 
@@ -135,16 +123,14 @@ def shuffle_index(before: int, total: int, state: np.random.RandomState) -> np.n
     return np.concatenate(parts)
 
 
-def source_indices(
-    lengths: np.ndarray, epochs: Epochs, seq_len: int, seed: int, *, extra: int = 1, drop_last: bool = True
-) -> Indices:
+def source_indices(lengths: np.ndarray, epochs: Epochs, seq_len: int, seed: int) -> Indices:
     """The indices of one source. One generator draws the documents' order and then the samples'."""
     state = np.random.RandomState(seed)
     documents = document_index(len(lengths), epochs.count, state, separate=epochs.separate)
-    starts = sample_index(lengths, documents, seq_len, extra=extra, drop_last=drop_last)
+    starts = sample_index(lengths, documents, seq_len)
     before = total = len(starts) - 1
     if epochs.separate:
-        before = samples_before_final(epochs.tokens, epochs.count, seq_len, extra)
+        before = samples_before_final(epochs.tokens, epochs.count, seq_len)
     return Indices(documents, starts, shuffle_index(before, total, state))
 
 

@@ -12,16 +12,7 @@ from typing import Any
 import numpy as np
 
 from components.data.index_cache import IndexCache
-from components.data.megatron_order import (
-    Blend,
-    Epochs,
-    Indices,
-    blend,
-    blend_all,
-    epochs_of,
-    source_indices,
-    source_sizes,
-)
+from components.data.megatron_order import Blend, Epochs, Indices, blend, epochs_of, source_indices, source_sizes
 from components.data.origins import Origin
 from components.data.token_rows import Piece, TokenSource, join, origins_of
 from components.runtime.errors import ConfigError, DataError
@@ -42,13 +33,12 @@ class MegatronRows:
     """RowIndex of Megatron-LM's GPT data.
 
     Args:
-        sources: What is blended, of which `files` are sequences; weights for all or for none. A single source is not
-            blended, as in Megatron-LM where it has no weight.
+        sources: What is blended, of which `files` are sequences. A single source is not blended, as in Megatron-LM
+            where it has no weight.
         seq_len: Tokens in a row.
-        samples: Rows that the job needs; None: each source once. Without weights never more than there are.
+        samples: Rows that the job needs.
         seed: As Megatron-LM's `--seed`.
         cache: Where the arrays are kept.
-        drop_last: Leave out a last sample that is shorter than a row, else it is given short.
         vocab_size: Of the model; None: token ids are not checked.
 
     Raises ConfigError for a seed that numpy's RandomState refuses, and DataError for sources without tokens.
@@ -59,20 +49,19 @@ class MegatronRows:
         sources: Sequence[TokenSource],
         *,
         seq_len: int,
-        samples: int | None,
+        samples: int,
         seed: int,
         cache: IndexCache,
-        drop_last: bool = True,
         vocab_size: int | None = None,
     ) -> None:
         if not 0 <= seed < SEEDS:
             raise ConfigError(f"debug.seed = {seed}: Megatron-LM's order takes a seed from 0 to {SEEDS - 1}")
         self._sources, self._samples, self._seed, self._cache = list(sources), samples, seed, cache
-        self._drop_last, self._vocab, self.seq_len = drop_last, vocab_size, seq_len
-        self._weights = _weights(sources)
+        self._vocab, self.seq_len = vocab_size, seq_len
         self._epochs = self._plan()
         self._arrays: _Arrays | None = None
-        self.count: int | None = self._count(self._opened())
+        self.count: int | None = samples
+        self._opened()  # what cannot be had is told now
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -81,7 +70,7 @@ class MegatronRows:
             source.name: {"content": source.files.content_key, "weight": source.weight, **epochs._asdict()}
             for source, epochs in zip(self._sources, self._epochs, strict=True)
         }
-        return {"order": "megatron", "shuffle_seed": self._seed, "drop_last": self._drop_last, "sources": parts}
+        return {"order": "megatron", "shuffle_seed": self._seed, "sources": parts}
 
     def row(self, n: int) -> tuple[np.ndarray, np.ndarray]:
         """See RowIndex. Raises DataError if the files cannot be read, or hold other ids than the vocabulary."""
@@ -106,11 +95,8 @@ class MegatronRows:
 
     def _plan(self) -> list[Epochs]:
         """How often each source is passed over."""
-        sizes: Sequence[int | None] = [None] * len(self._sources)
-        if self._samples is not None and len(self._sources) == 1:
-            sizes = [self._samples]
-        elif self._samples is not None and self._weights is not None:
-            sizes = source_sizes(self._weights, self._samples)
+        alone = len(self._sources) == 1
+        sizes = [self._samples] if alone else source_sizes([x.weight for x in self._sources], self._samples)
         found = []
         for source, size in zip(self._sources, sizes, strict=True):
             try:
@@ -129,23 +115,19 @@ class MegatronRows:
 
     def _indices(self, source: TokenSource, epochs: Epochs) -> Indices:
         files, length = source.files, self.seq_len
-        key = {"content": files.content_key, "seed": self._seed, "seq_len": length, "drop_last": self._drop_last}
+        key = {"content": files.content_key, "seed": self._seed, "seq_len": length}
         made = self._cache.arrays(
             "megatron",
             key | epochs._asdict(),
-            lambda: source_indices(files.lengths, epochs, length, self._seed, drop_last=self._drop_last)._asdict(),
+            lambda: source_indices(files.lengths, epochs, length, self._seed)._asdict(),
         )
         return Indices(**made)
 
     def _blend(self, sizes: list[int]) -> Blend:
         """Raises DataError if a source has fewer samples than the blend wants of it."""
-        samples, weights = self._samples, self._weights
-        if samples is None:
-            return Blend(**self._cache.arrays("blend", {"all": sizes}, lambda: blend_all(sizes)._asdict()))
-        if weights is None:
-            weights, samples = [float(x) for x in sizes], min(samples, sum(sizes))
-        key = {"weights": weights, "samples": samples}
-        found = Blend(**self._cache.arrays("blend", key, lambda: blend(weights, samples)._asdict()))
+        weights = [x.weight for x in self._sources]
+        key = {"weights": weights, "samples": self._samples}
+        found = Blend(**self._cache.arrays("blend", key, lambda: blend(weights, self._samples)._asdict()))
         wanted = np.bincount(found.sources, minlength=len(sizes)).tolist()
         for source, want, size in zip(self._sources, wanted, sizes, strict=True):
             if want > size:
@@ -155,22 +137,9 @@ class MegatronRows:
                 )
         return found
 
-    def _count(self, arrays: _Arrays) -> int:
-        if arrays.blend is not None:
-            return len(arrays.blend.sources)
-        return len(arrays.parts[0].shuffle) if self._samples is None else self._samples
-
     def __getstate__(self) -> dict[str, Any]:
         """Without the arrays: a worker that is spawned maps them from the cache."""
         return self.__dict__ | {"_arrays": None}
-
-
-def _weights(sources: Sequence[TokenSource]) -> list[float] | None:
-    """Raises ConfigError if some have a weight and others have not."""
-    given = [x.weight for x in sources if x.weight is not None]
-    if given and len(given) < len(sources):
-        raise ConfigError('data.order = "megatron": some sources have a weight and others have none; all or none may')
-    return given or None
 
 
 def _pieces(source: TokenSource, index: Indices, number: int) -> list[Piece]:

@@ -38,7 +38,7 @@ class NativeRows:
         cache: Where the index is kept.
         vocab_size: Of the model; None: token ids are not checked.
 
-    Raises DataError for a source without tokens.
+    Raises DataError for a source without tokens, and if there is not one row.
     """
 
     def __init__(
@@ -59,6 +59,8 @@ class NativeRows:
         self._tokens = self._whole()
         self._vocab, self.seq_len = vocab_size, seq_len
         self.count: int | None = self._count(ending)
+        if self.count == 0:
+            raise self._too_short(ending)
         self._segments: list[Mapping[str, np.ndarray]] = []
         self._ends: list[int] = []
         self._mixture: Mixture | None = None
@@ -133,6 +135,16 @@ class NativeRows:
             return None
         return ceil_div(self._tokens - 1, self.seq_len) if ending == "pad" else (self._tokens - 1) // self.seq_len
 
+    def _too_short(self, ending: Ending) -> DataError:
+        names = " and ".join(repr(x.name) for x in self._sources)
+        are = f"source {names} is" if len(self._sources) == 1 else f"sources {names} together are"
+        needed = 2 if ending == "pad" else self.seq_len + 1
+        more = "more documents" if ending == "pad" else "more documents, more epochs, or a smaller training.seq_len"
+        return DataError(
+            f"{are} shorter than one row of {self.seq_len} tokens: {self._tokens} in all, but with the last label at"
+            f" least {needed} are needed; give {more}"
+        )
+
     def _reach(self, tokens: int) -> None:
         """Continue the index until it holds so many tokens, or all."""
         if self._tokens is not None:
@@ -175,7 +187,7 @@ class NativeRows:
         return Mixture(orders, self._weights(), self._unit)
 
     def _weights(self) -> list[int]:
-        return whole_weights([1.0 if x.weight is None else x.weight for x in self._sources])
+        return whole_weights([x.weight for x in self._sources])
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the index: a worker that is spawned maps it from the cache."""

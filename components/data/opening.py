@@ -19,9 +19,9 @@ from components.data.indexed import RowIndex
 from components.data.instruction import build_instruction_encoder, columns_of
 from components.data.names import name_of
 from components.data.registry import datasets, open_dataset, open_path
-from components.data.shares import is_shares, share_bounds
-from components.data.splits import TokenSlice, take_share
-from components.data.token_files import TokenFiles, open_tokens
+from components.data.shares import is_shares
+from components.data.splits import take_share, take_tokens
+from components.data.token_files import open_tokens
 from components.data.token_paths import is_tokens
 from components.data.token_rows import Tokens
 from components.data.token_shards import Marks
@@ -66,6 +66,11 @@ class Opener:
         """Whether it opens what is held out."""
         return isinstance(self.section, Validation)
 
+    @property
+    def part(self) -> int:
+        """Which of a source's shares it opens."""
+        return 1 if self.validation else 0
+
     def all(self) -> list[Opened]:
         """Every source, in the order of the tables. Raises ConfigError and DataError."""
         section = self.section
@@ -93,7 +98,10 @@ class Opener:
         return source.kind == "tokens" or (source.kind == "auto" and is_tokens(path))
 
     def open_tokens(self, source: Source, path: str, name: str) -> Opened:
-        """A source of token files. Where Megatron-LM's order is wanted, shares are of sequences, as there."""
+        """A source of token files. Where Megatron-LM's order is wanted, their sequences are its documents, as there.
+
+        In validation too, which would otherwise count something else, and might read what is trained on.
+        """
         for key in OF_TEXT:
             value = getattr(source, key)
             if value != getattr(USUAL, key):
@@ -102,14 +110,9 @@ class Opener:
                     " the text"
                 )
         files = open_tokens(path, Marks(None if self.tokenizer is None else self.tokenizer.eos_id))
-        part = files if source.split is None else self.share(files, source.split, name)
-        tokens: Tokens | None = part if isinstance(part, TokenFiles | TokenSlice) else None
-        if self.job.data.order == "megatron" and not self.validation:
-            bounds = (0, files.sequences)
-            if source.split is not None:
-                bounds = share_bounds(source.split, 0, files.sequences, split_of(name))
-            tokens = TokenSlice(files, *bounds, sequences=True)
-        return Opened(name, part, TokensEncoder(self.vocab_size), source.weight, source.epochs, tokens)
+        sequences = self.job.data.order == "megatron"
+        part = take_tokens(files, source.split, self.part, split_of(name), sequences=sequences)
+        return Opened(name, part, TokensEncoder(self.vocab_size), source.weight, source.epochs, part)
 
     def documents(self, source: Source) -> RandomAccess | Sequential | RowIndex:
         """Those of a registered dataset, or those at a path."""
@@ -141,7 +144,7 @@ class Opener:
     def share(self, documents: RandomAccess | Sequential, split: str, name: str) -> RandomAccess:
         """The part of the documents that this section reads."""
         if isinstance(documents, RandomAccess):
-            return take_share(documents, split, 1 if self.validation else 0, split_of(name))
+            return take_share(documents, split, self.part, split_of(name))
         raise DataError(
             f"{split_of(name)} = {split!r}: needs documents that can be counted, which compressed files and streams"
             " cannot; hold out files of their own, or write them as plain files"

@@ -79,13 +79,28 @@ class TokenSlice(Slice):
 
 
 def take_share(source: RandomAccess, split: str, part: int, key: str) -> Slice:
-    """Part 0 (training), 1 (validation) or 2 (test) of a source's documents; a TokenSlice of a TokenFiles.
+    """Part 0 (training), 1 (validation) or 2 (test) of a source's documents.
 
     Raises ConfigError naming the key: shares that are none, or a part without a document.
     """
-    start, stop = share_bounds(split, part, len(source), key)
+    return Slice(source, *_bounds(split, part, len(source), "documents", key))
+
+
+def take_tokens(
+    files: TokenFiles, split: str | None, part: int, key: str, *, sequences: bool
+) -> TokenFiles | TokenSlice:
+    """The same of token files, None being all of them. With `sequences` these are counted, and are its documents.
+
+    Raises ConfigError as above.
+    """
+    count, what = (files.sequences, "sequences") if sequences else (len(files), "documents")
+    if split is not None:
+        return TokenSlice(files, *_bounds(split, part, count, what, key), sequences=sequences)
+    return TokenSlice(files, 0, count, sequences=True) if sequences else files
+
+
+def _bounds(split: str, part: int, count: int, what: str, key: str) -> tuple[int, int]:
+    start, stop = share_bounds(split, part, count, key)
     if start == stop:
-        raise ConfigError(
-            f"{key} = {split!r}: {NAMES[part]} gets none of {len(source)} documents; give it a larger share"
-        )
-    return TokenSlice(source, start, stop) if isinstance(source, TokenFiles) else Slice(source, start, stop)
+        raise ConfigError(f"{key} = {split!r}: {NAMES[part]} gets none of {count} {what}; give it a larger share")
+    return start, stop

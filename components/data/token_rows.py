@@ -34,8 +34,8 @@ class TokenSource(NamedTuple):
     name: str
     """Each name once; "" for a job's only source."""
     files: Tokens
-    weight: float | None = 1.0
-    """Share in the mixture. None for all: Megatron-LM's order by the sources' sizes."""
+    weight: float = 1.0
+    """Share in the mixture."""
     epochs: int | None = None
     """Passes after which it leaves the mixture (native order only); None: the ending decides."""
 

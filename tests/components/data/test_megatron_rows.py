@@ -1,6 +1,7 @@
 """Rows in Megatron-LM's order against the samples that its rules say, token by token."""
 
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from unittest.mock import patch
 
@@ -21,7 +22,7 @@ from components.runtime.errors import ConfigError, DataError
 from tests.components.data.token_sources import NoCache, source
 
 
-def _slow_samples(files: Tokens, samples: int | None, seq_len: int, seed: int) -> list[list[int]]:
+def _slow_samples(files: Tokens, samples: int, seq_len: int, seed: int) -> list[list[int]]:
     """All samples of a source in Megatron-LM's order, each of L + 1 tokens."""
     epochs = epochs_of(files.lengths, samples, seq_len)
     state = np.random.RandomState(seed)
@@ -54,37 +55,40 @@ def test_a_single_source(lengths: list[int], samples: int, seq_len: int, seed: i
     assert [_tokens(rows, n) for n in range(samples)] == expected[:samples]
 
 
-@pytest.mark.parametrize("weights", [[1.0, 3.0, 2.0], [None, None, None]])
-@pytest.mark.parametrize("samples", [40, 9, None])
-def test_several_sources(weights: list[float | None], samples: int | None) -> None:
-    documents = ([9, 5, 20, 3], [8] * 9, [1, 2, 30, 0, 4])
-    sources = [source(str(i), x, weights[i], first=1000 * i) for i, x in enumerate(documents)]
-    rows = MegatronRows(sources, seq_len=4, samples=samples, seed=11, cache=NoCache())
-    sizes: list[int | None] = [None] * 3
-    if samples and weights[0]:  # each source has as many epochs as its own share needs
-        sizes = [int(np.ceil(np.ceil(samples * x / 6) * 1.005)) for x in (1, 3, 2)]
-    of = [_slow_samples(x.files, size, 4, 11) for x, size in zip(sources, sizes, strict=True)]
-    there = sum(map(len, of))
-    if samples is None:
-        assert rows.count == there
-        assert sorted(_tokens(rows, n) for n in range(there)) == sorted(row for x in of for row in x)
-        return
-    count = samples if weights[0] else min(samples, there)
-    assert rows.count == count
-    chosen = blend([x or len(y) for x, y in zip(weights, of, strict=True)], count)
-    expected = [of[d][i] for d, i in zip(*(x.tolist() for x in chosen), strict=True)]
-    assert [_tokens(rows, n) for n in range(count)] == expected
-    given = np.bincount(chosen.sources[:7], minlength=3).tolist()
+DOCUMENTS = ([9, 5, 20, 3], [8] * 9, [1, 2, 30, 0, 4])
+
+
+def _blended(
+    weights: list[float], samples: int, sizes: Sequence[int], seq_len: int = 4
+) -> tuple[MegatronRows, list[list[int]]]:
+    """Rows of three sources, and those that are expected: blended of samples that so many were prepared of."""
+    sources = [source(str(i), x, weights[i], first=1000 * i) for i, x in enumerate(DOCUMENTS)]
+    rows = MegatronRows(sources, seq_len=seq_len, samples=samples, seed=11, cache=NoCache())
+    of = [_slow_samples(x.files, size, seq_len, 11) for x, size in zip(sources, sizes, strict=True)]
+    return rows, [of[d][i] for d, i in zip(*(x.tolist() for x in blend(weights, samples)), strict=True)]
+
+
+@pytest.mark.parametrize("samples", [40, 9])
+def test_several_sources(samples: int) -> None:
+    weights = [1.0, 3.0, 2.0]
+    sizes = [int(np.ceil(np.ceil(samples * x / 6) * 1.005)) for x in weights]  # as many epochs as its share needs
+    rows, expected = _blended(weights, samples, sizes)
+    assert rows.count == samples
+    assert [_tokens(rows, n) for n in range(samples)] == expected
+    given = np.bincount(blend(weights, 7).sources, minlength=3).tolist()
     assert rows.mixture(7) == {str(d): 4 * x for d, x in enumerate(given)}
 
 
-def test_a_short_last_sample() -> None:
-    rows = MegatronRows([source("", [5, 4, 0])], seq_len=5, samples=None, seed=3, cache=NoCache(), drop_last=False)
-    assert rows.count == 2
-    found = [rows.row(n)[0].tolist() for n in range(2)]
-    assert sorted(map(len, found)) == [4, 6]
-    assert sorted({x for row in found for x in row}) == list(range(9))
-    assert MegatronRows([source("", [5, 4, 0])], seq_len=5, samples=None, seed=3, cache=NoCache()).count == 1
+def test_samples_as_weights_are_megatrons_order_without_weights() -> None:
+    there = [(sum(x) - 1) // 4 for x in DOCUMENTS]  # of one pass over each, which is what it takes then
+    rows, expected = _blended([float(x) for x in there], 30, there)
+    assert [_tokens(rows, n) for n in range(30)] == expected
+
+
+@pytest.mark.filterwarnings("error")
+def test_sources_that_are_shorter_than_a_row_are_repeated_as_there() -> None:
+    rows, expected = _blended([1.0, 3.0, 2.0], 6, [2, 4, 3], seq_len=80)
+    assert [_tokens(rows, n) for n in range(6)] == expected
 
 
 def test_files_are_taken_by_sequences(tmp_path: Path) -> None:
@@ -124,7 +128,6 @@ def test_the_fingerprint_stays_while_the_epochs_do() -> None:
     assert marks[2] == {
         "order": "megatron",
         "shuffle_seed": 1,
-        "drop_last": True,
         "sources": {"": {"content": content, "weight": 1.0, "tokens": 101, "count": 2, "separate": True}},
     }
 
@@ -136,11 +139,6 @@ def test_what_it_refuses() -> None:
     with pytest.raises(ConfigError) as config:
         make(source("", [9]), seed=-1)
     assert str(config.value) == "debug.seed = -1: Megatron-LM's order takes a seed from 0 to 4294967295"
-    with pytest.raises(ConfigError) as config:
-        make(source("a", [9]), source("b", [9], None))
-    assert str(config.value) == (
-        'data.order = "megatron": some sources have a weight and others have none; all or none may'
-    )
     with pytest.raises(DataError) as error:
         make(source("a", [9]), source("b", [[], []]))
     assert str(error.value) == (

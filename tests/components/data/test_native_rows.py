@@ -44,7 +44,7 @@ def native(sources: Sequence[TokenSource], **changes: Any) -> NativeRows:
 def stream(sources: Sequence[TokenSource], documents: int, seed: int | None = 1) -> list[list[int]]:
     """The first documents of a job."""
     orders = [OwnOrder(x.files.lengths, name=x.name, seed=seed, epochs=x.epochs) for x in sources]
-    mixture = Mixture(orders, whole_weights([x.weight or 1.0 for x in sources]), "tokens")
+    mixture = Mixture(orders, whole_weights([x.weight for x in sources]), "tokens")
     chosen = mixture.take([Progress(0, 0)] * len(sources), documents)
     return [sources[d].files.read(i).tolist() for d, i in zip(*(x.tolist() for x in chosen), strict=True)]
 
@@ -149,6 +149,30 @@ def test_what_it_refuses() -> None:
     with pytest.raises(DataError) as error:
         native([source("a", [5]), source("b", [[], []])])
     assert str(error.value) == "source 'b': no tokens in its documents; give more, or another split"
+
+
+@pytest.mark.filterwarnings("error")
+def test_less_than_a_row() -> None:
+    a, b = source("a", [4]), source("b", [4], epochs=1)
+    for sources, ending, message in (
+        (
+            [a, b],
+            "stop",
+            "sources 'a' and 'b' together are shorter than one row of 8 tokens: 8 in all, but with the last"
+            " label at least 9 are needed; give more documents, more epochs, or a smaller training.seq_len",
+        ),
+        (
+            [source("a", [1])],
+            "pad",
+            "source 'a' is shorter than one row of 8 tokens: 1 in all, but with the last label at"
+            " least 2 are needed; give more documents",
+        ),
+    ):
+        with pytest.raises(DataError) as error:
+            native(sources, ending=ending)
+        assert str(error.value) == message
+    assert native([source("a", [5]), b], ending="stop").count == 1
+    assert native([a], ending="repeat").row(0)[0].tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0]
     with pytest.raises(DataError) as error:
         native([source("a", [[1, 2, 9]], epochs=9)], vocab_size=9).row(0)
     assert str(error.value) == (

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from components.data.shares import is_shares, parse_shares, share_bounds
-from components.data.splits import Slice, TokenSlice, take_share
+from components.data.splits import Slice, TokenSlice, take_share, take_tokens
 from components.data.token_files import TokenFiles, open_tokens
 from components.data.token_writer import IndexedWriter
 from components.runtime.errors import ConfigError
@@ -113,12 +113,17 @@ class Letters:
 
 
 def test_shares_of_a_source(tokens: TokenFiles) -> None:
-    part = take_share(tokens, "60,40", 1, KEY)
-    assert isinstance(part, TokenSlice)
-    assert [part.document(i).tolist() for i in range(len(part))] == [[6], [7, 8, 9]]
-    with pytest.raises(ConfigError) as caught:
-        take_share(tokens, "60,40", 2, KEY)
-    assert str(caught.value) == f"{KEY} = '60,40': test gets none of 5 documents; give it a larger share"
+    for sequences, whole, held_out in (
+        (False, [[1, 2], [], [3, 4, 5], [6], [7, 8, 9]], [[6], [7, 8, 9]]),
+        (True, [[1, 2], [3], [4, 5], [6], [7], [8], [9]], [[7], [8], [9]]),
+    ):
+        for split, expected in ((None, whole), ("60,40", held_out)):
+            part = take_tokens(tokens, split, 1, KEY, sequences=sequences)
+            assert [part.read(i).tolist() for i in range(len(part))] == expected
+    for sequences, count in ((False, "5 documents"), (True, "7 sequences")):
+        with pytest.raises(ConfigError) as caught:
+            take_tokens(tokens, "60,40", 2, KEY, sequences=sequences)
+        assert str(caught.value) == f"{KEY} = '60,40': test gets none of {count}; give it a larger share"
     text = take_share(Letters(), "3,1", 1, KEY)
     assert type(text) is Slice
     assert [text.document(i) for i in range(len(text))] == ["d"]

@@ -91,6 +91,26 @@ def test_token_files_are_ordered_here_or_as_megatron_does(tmp_path: Path) -> Non
     assert len(list(cache.glob("megatron-*"))) == 1
 
 
+@pytest.mark.parametrize("order", ["native", "megatron"])
+def test_validation_holds_out_what_training_does_not_read_in_any_order(order: Any, tmp_path: Path) -> None:
+    """Token n is in sequence n // 6, from 1 on; the documents differ much in how many sequences they have."""
+    with IndexedWriter(tmp_path / "a", np.uint16) as writer:
+        for first, count in ((1, 1), (2, 1), (3, 7), (10, 1)):
+            writer.add_document(range(6 * first, 6 * (first + count)), [6] * count)
+    source = Source(path=str(tmp_path / "a"), split="1,1")
+    split = job(
+        training={"seq_len": 4, "local_batch_size": 1, "steps": 15},
+        validation={"seq_len": 4, "local_batch_size": 1, "sources": [source]},
+        data={"sources": [source], "order": order, **({"on_end": "stop"} if order == "native" else {})},
+    )
+    read = []
+    for held_out in (False, True):
+        batches = [x.batch.tokens for x in islice(iter(loader(split, validation=held_out)), 15)]
+        read.append(set((torch.cat(batches).flatten() // 6).tolist()) - {0})  # 0: padding
+    border = 6 if order == "megatron" else 3  # behind half of ten sequences, or of four documents
+    assert read == [set(range(1, border)), set(range(border, 11))]
+
+
 def test_megatron_order_wants_token_files(tmp_path: Path) -> None:
     mixed = config(token_file(tmp_path, "a", [5], 10), documents(tmp_path, "b", "x", [3]), order="megatron")
     assert refusal(ConfigError, mixed) == (

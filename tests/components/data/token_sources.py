@@ -35,7 +35,7 @@ def numbered(lengths: Sequence[int], first: int = 0) -> list[list[int]]:
 def source(
     name: str,
     documents: Documents | Sequence[int],
-    weight: float | None = 1.0,
+    weight: float = 1.0,
     epochs: int | None = None,
     first: int = 0,
 ) -> TokenSource:
