@@ -6,8 +6,9 @@ and renamed whole. Arrays are mapped, so that ranks and loader workers share the
 
 All ranks may build at once, and whoever renames second throws its own away. The price is that each spends the same
 seconds that one would; letting one build while the others wait was rejected, since locks are unreliable on network file
-systems and a builder that dies would leave the others waiting. Shapes and checksums are compared at opening (about
-1 GB/s, pages that rows need anyway), and what does not fit is built anew. The folder may be deleted at any time.
+systems and a builder that dies would leave the others waiting. An entry's note says what it is of, and has sizes and
+checksums of the files and one of its own. All are compared at opening (about 1 GB/s, pages that rows need anyway),
+before anything is parsed; what does not fit is built anew. The folder may be deleted at any time.
 """
 
 import json
@@ -24,12 +25,13 @@ import numpy as np
 
 from components.runtime.logging import logger
 
-FORMAT = 1
-"""To be raised when an array's meaning, or the rule that makes it, changes."""
+FORMAT = 2
+"""To be raised when an array's meaning, the rule that makes it, or what an entry holds changes."""
 NOTE = "index.json"
 CHUNK = 1 << 24  # bytes
 
 Arrays = dict[str, np.ndarray]
+Note = dict[str, Any]
 
 
 def default_folder() -> Path | None:
@@ -54,9 +56,9 @@ class IndexCache:
             key: All that the arrays depend on, as JSON values.
             build: Makes them by name.
         """
-        text = json.dumps({"format": FORMAT, "kind": kind, "key": key}, sort_keys=True)
-        entry = None if self._folder is None else self._folder / f"{kind}-{sha256(text.encode()).hexdigest()[:32]}"
-        if entry is not None and (found := _load(entry)) is not None:
+        of = {"format": FORMAT, "kind": kind, "key": key}
+        entry = None if self._folder is None else self._folder / f"{kind}-{_digest(of)}"
+        if entry is not None and (found := _load(entry, of)) is not None:
             return found
         made = {name: np.ascontiguousarray(x) for name, x in build().items()}
         for array in made.values():
@@ -64,24 +66,24 @@ class IndexCache:
         if entry is None:
             self._tell("this user has no cache folder")
             return made
-        return self._kept(entry, made, json.loads(text))
+        return self._kept(entry, made, of)
 
-    def _kept(self, entry: Path, made: Arrays, note: dict[str, Any]) -> Arrays:
+    def _kept(self, entry: Path, made: Arrays, of: Note) -> Arrays:
         """The arrays, from now on of the entry if that could be written."""
         temporary = entry.with_name(f".{entry.name}.{uuid.uuid4().hex}")
         aside = temporary.with_name(temporary.name + ".damaged")
         try:
-            _save(temporary, made, note)
-            if entry.exists() and _load(entry) is None:
+            _save(temporary, made, of)
+            if entry.exists() and _load(entry, of) is None:
                 logger.info(f"{entry}: damaged; built anew")
                 os.rename(entry, aside)
             os.rename(temporary, entry)
         except OSError as error:
-            if _load(entry) is None:  # else another process was first
+            if _load(entry, of) is None:  # else another process was first
                 self._tell(f"{entry.parent}: cannot be written ({error.strerror or error})")
         for folder in (temporary, aside):
             shutil.rmtree(folder, ignore_errors=True)
-        return _load(entry) or made
+        return _load(entry, of) or made
 
     def _tell(self, why: str) -> None:
         if not self._told:
@@ -89,22 +91,27 @@ class IndexCache:
         self._told = True
 
 
-def _save(folder: Path, arrays: Arrays, note: dict[str, Any]) -> None:
+def _save(folder: Path, arrays: Arrays, of: Note) -> None:
     """Write an entry. Raises OSError."""
     folder.mkdir(parents=True)
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array, allow_pickle=False)
-    described = note | {"arrays": {name: _describe(x) for name, x in arrays.items()}}
-    (folder / NOTE).write_text(json.dumps(described, indent=1), encoding="utf-8")
+    described = {"of": of, "arrays": {name: _describe(folder / f"{name}.npy") for name in arrays}}
+    note = {"digest": _digest(described), **described}
+    (folder / NOTE).write_text(json.dumps(note, indent=1), encoding="utf-8")
 
 
-def _load(folder: Path) -> Arrays | None:
-    """The arrays of an entry, mapped; None if it is not there or damaged."""
+def _load(folder: Path, of: Note) -> Arrays | None:
+    """The arrays of an entry, mapped; None if it is not there, damaged, or of something else."""
     try:
-        described = json.loads((folder / NOTE).read_text(encoding="utf-8"))["arrays"]
-        found = {name: _map(folder / f"{name}.npy") for name in described}
-        return found if {name: _describe(x) for name, x in found.items()} == described else None
-    except (OSError, ValueError, EOFError, KeyError, TypeError):
+        note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
+        if note.pop("digest") != _digest(note) or _digest(note["of"]) != _digest(of):
+            return None
+        files = {name: folder / f"{name}.npy" for name in note["arrays"]}
+        if any(_describe(path) != note["arrays"][name] for name, path in files.items()):
+            return None
+        return {name: _map(path) for name, path in files.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
 
 
@@ -113,9 +120,14 @@ def _map(path: Path) -> np.ndarray:
     return np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
 
 
-def _describe(array: np.ndarray) -> dict[str, Any]:
-    """What an array must agree with."""
-    raw, crc = array.reshape(-1).view(np.uint8).data, 0
+def _describe(path: Path) -> dict[str, int]:
+    """What a file must agree with. Raises OSError, and ValueError for an empty one."""
+    raw, crc = np.memmap(path, np.uint8, "r").data, 0
     for start in range(0, len(raw), CHUNK):
         crc = zlib.crc32(raw[start : start + CHUNK], crc)
-    return {"dtype": array.dtype.str, "shape": list(array.shape), "crc32": crc}
+    return {"bytes": len(raw), "crc32": crc}
+
+
+def _digest(note: Note) -> str:
+    """Of JSON values."""
+    return sha256(json.dumps(note, sort_keys=True).encode()).hexdigest()[:32]

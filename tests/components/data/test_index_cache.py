@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,7 @@ def test_what_is_kept_is_mapped_and_not_built_again(tmp_path: Path) -> None:
     entry = _one(tmp_path / "deep" / "er")
     assert entry.name.startswith("kind-")
     assert sorted(x.name for x in entry.iterdir()) == ["a.npy", "b.npy", "c.npy", "index.json"]
-    assert json.loads((entry / "index.json").read_text())["key"] == {"x": 1}
+    assert json.loads((entry / "index.json").read_text())["of"]["key"] == {"x": 1}
 
 
 def test_another_key_is_another_entry(tmp_path: Path) -> None:
@@ -98,6 +99,15 @@ def _empty(file: Path) -> None:
     file.write_bytes(b"")
 
 
+def _edit(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def _folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
@@ -111,6 +121,15 @@ def _empty(file: Path) -> None:
         ("index.json", Path.unlink),
         ("index.json", lambda x: x.write_text("[]")),
         ("index.json", lambda x: x.write_text('{"arrays": 3}')),
+        ("index.json", lambda x: x.write_text('{"arrays": {}}')),
+        ("index.json", lambda x: x.write_text("[" * 100_000)),
+        ("index.json", lambda x: x.write_bytes(b'{"\xff": 1}')),
+        ("index.json", lambda x: _edit(x, arrays={})),
+        ("index.json", lambda x: _edit(x, arrays={"../a": {}})),
+        ("index.json", lambda x: _edit(x, digest=3)),
+        ("index.json", lambda x: _edit(x, of={})),
+        ("index.json", _folder),
+        ("a.npy", _folder),
     ],
 )
 def test_a_damaged_entry_is_built_anew(tmp_path: Path, name: str, damage: Any, messages: list[str]) -> None:
@@ -121,6 +140,34 @@ def test_a_damaged_entry_is_built_anew(tmp_path: Path, name: str, damage: Any, m
     assert build.calls == 2
     assert messages == [f"{_one(tmp_path)}: damaged; built anew"]
     _same(IndexCache(tmp_path).arrays("x", {}, build))
+    assert build.calls == 2
+
+
+def test_no_byte_is_believed_that_was_changed(tmp_path: Path) -> None:
+    IndexCache(tmp_path / "whole").arrays("x", {}, Builder())
+    raws = {x.name: x.read_bytes() for x in _one(tmp_path / "whole").iterdir()}
+    rng, build = Random(1), Builder()
+    for i in range(120):
+        name = rng.choice(sorted(raws))
+        at, raw = rng.randrange(len(raws[name])), bytearray(raws[name])
+        raw[at : at + rng.randrange(3)] = rng.randbytes(rng.randrange(3))
+        shutil.copytree(tmp_path / "whole", tmp_path / "damaged")
+        (_one(tmp_path / "damaged") / name).write_bytes(raw)
+        _same(IndexCache(tmp_path / "damaged").arrays("x", {}, build))
+        shutil.rmtree(tmp_path / "damaged")
+        assert (build.calls == i + 1) or raw == raws[name] or name == "index.json"
+        build.calls = i + 1
+
+
+def test_an_entry_under_the_name_of_another_is_not_believed(tmp_path: Path) -> None:
+    build, cache = Builder(), IndexCache(tmp_path)
+    cache.arrays("x", {"x": 1}, build)
+    first = _one(tmp_path)
+    cache.arrays("x", {"x": 2}, lambda: {"a": np.arange(3)})
+    (second,) = set(tmp_path.iterdir()) - {first}
+    shutil.rmtree(first)
+    second.rename(first)
+    _same(cache.arrays("x", {"x": 1}, build))
     assert build.calls == 2
 
 
