@@ -24,6 +24,9 @@ class Overlay:
     """Old names of keys and sections, for hints."""
     values: dict[KeyPath, object] = field(default_factory=dict)
     provenance: dict[KeyPath, str] = field(default_factory=dict)
+    parts: dict[KeyPath, dict[str, str]] = field(default_factory=dict)
+    """Key of a list → what stands in it, by dotted names such as `a.b[0].c`, and where; of files only, since an
+    argument is short."""
     problems: list[str] = field(default_factory=list)
     refused: set[KeyPath] = field(default_factory=set)
     """Keys whose last value is none of theirs; `values` lacks them, so that they stay at their defaults."""
@@ -62,6 +65,9 @@ class Overlay:
             here = (*path, name)
             if here in self.schema.keys:
                 self._set(here, value, file.locate, faults)
+                if isinstance(value, list):
+                    inside = (x for x in file.lines if x[: len(here)] == here and x != here)
+                    self.parts[here] = {dotted(x): file.locate(x) for x in inside}
             elif here not in self.schema.sections:
                 kind = "section" if isinstance(value, Mapping) else "key"
                 faults.append(Fault(here, f"unknown {kind}{self.schema.hint(here, self.renamed)}"))
@@ -74,6 +80,7 @@ class Overlay:
         before = len(faults)
         checked = check(self.schema.keys[path].type, value, path, faults)
         self.provenance[path] = locate(path)
+        self.parts.pop(path, None)
         if len(faults) > before:
             self._refuse(path)
             return

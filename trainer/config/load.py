@@ -40,6 +40,8 @@ class ResolvedJob:
     """What is wrong in the files and arguments, key by key. Such a job is for finding further problems, not to run."""
     refused: frozenset[str] = frozenset()
     """Dotted keys whose value was refused; `job` holds their defaults."""
+    places: dict[str, str] = field(default_factory=dict)
+    """Parts of the values of keys, as `data.sources[2].weight` → "file.toml:12", where a file sets them."""
 
 
 def load_job(argv: Sequence[str], environ: Mapping[str, str]) -> ResolvedJob:
@@ -76,7 +78,8 @@ def resolve(argv: Sequence[str], environ: Mapping[str, str]) -> ResolvedJob:
     provenance = {dotted(path): overlay.provenance[path] for path in overlay.schema.keys}
     job, alias_notes = _with_present_names(build(config, overlay.values), provenance)
     refused = frozenset(dotted(path) for path in overlay.refused)
-    return ResolvedJob(job, provenance, notes + alias_notes, overlay.problems, refused)
+    places = {name: where for parts in overlay.parts.values() for name, where in parts.items()}
+    return ResolvedJob(job, provenance, notes + alias_notes, overlay.problems, refused, places)
 
 
 def _from_environment(environ: Mapping[str, str]) -> list[Argument]:

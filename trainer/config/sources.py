@@ -43,15 +43,20 @@ def check_sources(job: JobConfig) -> Iterator[str]:
             if source.epochs is not None:
                 why = "validation reads its documents once; leave it out"
                 yield f"validation.sources[{i}].epochs = {source.epochs}: {why}"
-    for i, source in enumerate(job.data.sources):
-        if source.kind == "preference":
-            yield (
-                f'data.sources[{i}].kind = "preference": there is no loss of pairs to train on them with yet; look at'
-                " them with scripts/inspect_data.py, or train on the chosen answers as a chat"
-            )
+        yield from _pairs("validation.sources", job.validation.sources, "judge by", "take")
+    yield from _pairs("data.sources", job.data.sources, "train on them with", "train on")
     yield from _replaced(job)
     yield from _order(job)
     yield from _labels(job)
+
+
+def _pairs(key: str, sources: list[Source], use: str, take: str) -> Iterator[str]:
+    for i, source in enumerate(sources):
+        if source.kind == "preference":
+            yield (
+                f'{key}[{i}].kind = "preference": there is no loss of pairs to {use} yet; look at them with'
+                f" scripts/inspect_data.py, or {take} the chosen answers as a chat"
+            )
 
 
 def _replaced(job: JobConfig) -> Iterator[str]:

@@ -72,7 +72,7 @@ def require_valid(resolved: "ResolvedJob", world_size: int) -> "ModelArgs | None
     args, problems = find_model(resolved.job) if resolved.refused.isdisjoint(MODEL) else (None, [])
     problems += validate(resolved.job, world_size, args, resolved.refused)
     problems = [line for line in problems if not any(_mentions(line, key) for key in resolved.refused)]
-    problems = [*resolved.problems, *located(problems, resolved.provenance)]
+    problems = [*resolved.problems, *located(problems, resolved.provenance | resolved.places)]
     if problems:
         raise ConfigError(*problems)
     return args
@@ -118,13 +118,15 @@ def _mentions(line: str, key: str) -> bool:
 
 
 def located(problems: list[str], provenance: Mapping[str, str]) -> list[str]:
-    """The same lines, each led by where the key that it begins with was set; a key left at its default stays as it
-    is."""
+    """The same lines, each led by where the key that it begins with was set, or the nearest table or list around it
+    whose place is known; a key left at its default stays as it is."""
     return [_located(line, provenance) for line in problems]
 
 
 def _located(line: str, provenance: Mapping[str, str]) -> str:
-    key = re.split(r"[ :\[]", line, maxsplit=1)[0]
+    key = re.split(r"[ :]", line, maxsplit=1)[0]
+    while key not in provenance and "[" in key:
+        key = key[: max(key.rfind("."), key.rfind("["))]
     where = provenance.get(key, DEFAULT)
     if where == DEFAULT:
         return line
