@@ -14,8 +14,9 @@ from typing import Any, Literal
 from components.checkpoint.contents import read_files
 from components.checkpoint.manifest import read_manifest
 from components.checkpoint.storage import open_folder
+from components.config.data import Source
 from components.config.job_config import JobConfig
-from components.config.training import DataLoader
+from components.config.training import DataLoader, Training, Validation
 from components.data.inspecting.pairs import PairView, pairs_of
 from components.data.inspecting.survey import Survey
 from components.data.inspecting.view import RowView, views
@@ -129,7 +130,7 @@ class Inspected:
     """What it is, for a heading."""
     tokenizer: Tokenizer
     rows: Rows | None
-    """None where all sources are preference pairs, which no rows are made of."""
+    """None where all sources, or the validation set, are preference pairs, which no rows are made of."""
     pairs: Sequence[Iterator[PairView]] = ()
     """The pairs of each such source."""
 
@@ -158,8 +159,11 @@ def open_data(
     name, section = _choose(job, validation)
     job = replace(job, validation=section)
     tokenizer = families[job.model.name].load().build_tokenizer_fn(job)
+    title = f"validation set {name} of {job.job.description}"
+    if pairs := _pairs(job, section, tokenizer, section.sources):
+        return Inspected(title, tokenizer, None, pairs)
     rows = Rows(tokenizer, _loader(job, tokenizer, validation=True), name, job.data.unit)
-    return Inspected(f"validation set {name} of {job.job.description}", tokenizer, rows)
+    return Inspected(title, tokenizer, rows)
 
 
 def _training(job: JobConfig, position: Position | None) -> Inspected:
@@ -167,8 +171,7 @@ def _training(job: JobConfig, position: Position | None) -> Inspected:
         f"training data of {job.job.description}",
         families[job.model.name].load().build_tokenizer_fn(job),
     )
-    opener = Opener(job, job.training, tokenizer, get_args(job.model.name, job.model.flavor).vocab_size)
-    pairs = [pairs_of(opener, source) for source in job.data.sources if source.kind == PAIRS]
+    pairs = _pairs(job, job.training, tokenizer, job.data.sources)
     sources = [source for source in job.data.sources if source.kind != PAIRS]
     if pairs and not sources:
         return Inspected(title, tokenizer, None, pairs)
@@ -183,6 +186,14 @@ def _training(job: JobConfig, position: Position | None) -> Inspected:
     return Inspected(title, tokenizer, rows, pairs)
 
 
+def _pairs(
+    job: JobConfig, section: Training | Validation, tokenizer: Tokenizer, sources: Sequence[Source]
+) -> list[Iterator[PairView]]:
+    """The pairs of each source that holds such."""
+    opener = Opener(job, section, tokenizer, get_args(job.model.name, job.model.flavor).vocab_size)
+    return [pairs_of(opener, source) for source in sources if source.kind == PAIRS]
+
+
 def _loader(job: JobConfig, tokenizer: Tokenizer, validation: bool = False) -> Loader:
     build = families[job.model.name].load().build_dataloader_fn
     vocab_size = get_args(job.model.name, job.model.flavor).vocab_size
@@ -191,8 +202,12 @@ def _loader(job: JobConfig, tokenizer: Tokenizer, validation: bool = False) -> L
 
 def _pairs_as_chats(job: JobConfig) -> JobConfig:
     """For the rules on tables, which refuse to train on pairs."""
-    sources = [replace(source, kind="chat") if source.kind == PAIRS else source for source in job.data.sources]
-    return replace(job, data=replace(job.data, sources=sources))
+
+    def chats(sources: Sequence[Source]) -> list[Source]:
+        return [replace(source, kind="chat") if source.kind == PAIRS else source for source in sources]
+
+    data = replace(job.data, sources=chats(job.data.sources))
+    return replace(job, data=data, validation=replace(job.validation, sources=chats(job.validation.sources)))
 
 
 def _without_workers(job: JobConfig) -> JobConfig:
@@ -200,7 +215,7 @@ def _without_workers(job: JobConfig) -> JobConfig:
     return replace(job, training=training, validation=validation)
 
 
-def _choose(job: JobConfig, name: str) -> tuple[str, Any]:
+def _choose(job: JobConfig, name: str) -> tuple[str, Validation]:
     """A validation set and its name. Raises ConfigError."""
     sets = sets_of(job.validation)
     if name and name not in sets:

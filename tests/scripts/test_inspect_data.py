@@ -299,6 +299,29 @@ def test_pairs_are_shown_side_by_side(job: Path, capsys: pytest.CaptureFixture[s
     assert shown(capsys, file).endswith(PAIRS)  # without any rows
 
 
+def test_pairs_of_a_validation_set(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By its name, or as the first set; only the pairs that are held out."""
+    file, place = mixture(job), job.with_name("held.jsonl")
+    place.write_text("".join(json.dumps({**PAIR, "chosen": f"answer {i}"}) + "\n" for i in range(10)))
+    words = f'[validation]\n[[validation.sources]]\npath = "{job.parent}/words.jsonl"\n'
+    held = f'[[validation.sources]]\npath = "{place}"\nkind = "preference"\nsplit = "7,3"\n'
+    plain = file.read_text()
+    file.write_text(plain + words + held)
+    found = json.loads(shown(capsys, file, "--validation", "held", "--rows=5", "--json"))
+    assert (found["rows"], found["survey"]) == ([], None)
+    assert [(pair["source"], pair["where"]) for pair in found["pairs"]] == [
+        ("held", f"{place}:{i}") for i in (8, 9, 10)
+    ]
+    assert tokenizer().decode(found["pairs"][0]["chosen"]["tokens"]) == "<|begin_of_text|>x\nanswer 7<|end_of_text|>"
+    text = shown(capsys, file, "--validation", "held", "--rows=1")
+    assert text.startswith("validation set held of a mixture\n")
+    assert f"pair 0: held, {place}:8" in text
+    assert json.loads(shown(capsys, file, "--validation", "--json"))["pairs"] == []
+    assert json.loads(shown(capsys, file, "--validation.enable", "--json"))["pairs"][0]["source"] == "pairs"
+    file.write_text(plain + held)
+    assert shown(capsys, file, "--validation", "--rows=1") == text
+
+
 def test_fim_of_a_job(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = "error: source 'words': fim_rate needs tokens that stand before prefix, suffix and middle"
     assert refused(capsys, mixture(job, 0.5)).startswith(message)

@@ -17,6 +17,7 @@ from components.data.names import name_of
 from components.data.opening import Opener
 from components.data.origins import Origin
 from components.data.preference import PreferenceEncoder
+from components.data.shares import is_shares
 from components.mesh.batch import IGNORE
 from components.runtime.errors import ConfigError
 
@@ -52,6 +53,8 @@ def _records(opener: Opener, source: Source) -> Iterator[tuple[Read, Where]]:
     documents = opener.documents(source)
     if isinstance(documents, RowIndex):
         raise ConfigError(f"source {name_of(source)!r}: its dataset makes rows, not pairs")
+    if source.split is not None and is_shares(source.split):
+        documents = opener.share(documents, source.split, name_of(source))
     if isinstance(documents, RandomAccess):
         for index in range(len(documents)):
             yield partial(documents.document, index), partial(place_of, documents, index)
