@@ -13,6 +13,8 @@ import numpy as np
 
 from components.runtime.errors import DataError
 
+BOM = b"\xef\xbb\xbf"
+"""Byte order mark, which some programs put before UTF-8 text."""
 MEND = 'mend the record, or skip such records with data.on_bad_record = "skip"'
 Record = str | Mapping[str, Any] | np.ndarray
 """One document as its source holds it: text, fields by name, or token ids (int64). An encoder makes tokens of it."""
@@ -119,7 +121,8 @@ def bad_record(path: object, line: int, column: int, what: str) -> BadRecord:
 
 
 def decode(raw: bytes, path: object, line: int) -> str:
-    """UTF-8 text of bytes that start at `line`. Raises BadRecord at the first byte that is none."""
+    """UTF-8 text of bytes that start at `line`, without a BOM. Raises BadRecord at the first byte that is none."""
+    raw = raw.removeprefix(BOM)
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:

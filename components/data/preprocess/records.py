@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from components.data.compressed import PIECE, Damaged, decompressed
+from components.data.documents import BOM
+from components.data.jsonlines import is_blank
 from components.data.preprocess.inputs import LINES, ROWS, Chunk, kind_of
 from components.data.preprocess.parquet import columns_of
 from components.data.watch import DataFile, LocalFile, chunks
 
-BLANK = (b"", b"\r")
-BOM = b"\xef\xbb\xbf"
 Texts = str | list[str]
 """What a key holds: a text, or a list of texts that become the sequences of one document."""
 
@@ -58,7 +58,7 @@ def content(chunk: Chunk) -> bytes:
         raw = file.read(chunk.start, chunk.stop)
     if raw is None:
         raise ValueError(f"{chunk}: only local files of lines are read in pieces")
-    return raw.removeprefix(BOM) if chunk.kind == LINES and chunk.start == 0 else raw
+    return raw
 
 
 def _lines(chunk: Chunk, keys: Sequence[str]) -> Iterator[list[Texts] | Bad]:
@@ -67,7 +67,7 @@ def _lines(chunk: Chunk, keys: Sequence[str]) -> Iterator[list[Texts] | Bad]:
     if chunk.damage:
         lines.pop()  # cut somewhere
     for number, line in enumerate(lines):
-        if line not in BLANK:
+        if not is_blank(line):
             yield _parsed(line, keys, path, number)
     if chunk.damage:
         what = f"the compressed file is damaged or truncated from here on ({chunk.damage})"
@@ -76,6 +76,7 @@ def _lines(chunk: Chunk, keys: Sequence[str]) -> Iterator[list[Texts] | Bad]:
 
 def _parsed(line: bytes, keys: Sequence[str], path: str, number: int) -> list[Texts] | Bad:
     """The texts of one line."""
+    line = line.removeprefix(BOM)
     try:
         text = str(line, "utf-8")
     except UnicodeDecodeError as error:

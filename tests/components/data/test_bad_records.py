@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from itertools import product
 from pathlib import Path
 
 import pyarrow
@@ -9,8 +10,10 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
+from components.data import jsonlines
 from components.data.documents import BadRecord
 from components.data.files import open_files
+from components.runtime.errors import DataError
 from tests.components.data.corpus import loaders, readers, run, streamed, texts, write_lines
 
 MEND = 'mend the record, or skip such records with data.on_bad_record = "skip"'
@@ -42,16 +45,45 @@ def test_message(tmp_path: Path, name: str, line: bytes, message: str) -> None:
     assert str(error.value) == f"{path}:{message}; {MEND}"
 
 
-def test_empty_lines_are_no_records(tmp_path: Path) -> None:
+BOM = b"\xef\xbb\xbf"
+BLANK = (b"", b"\r", b" ", b" \t \r", b"\t", b"\x0c", BOM, BOM + b" \r")
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1 << 22])
+@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz"])
+def test_lines_of_nothing_but_whitespace_are_no_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, chunk: int
+) -> None:
+    """Whatever their place is, in the file and in the pieces that it is read in; lines count them."""
+    monkeypatch.setattr(jsonlines, "CHUNK", chunk)
+    good = [b" " + GOOD, b"\t{", GOOD + b"\r", BOM + b"{"]
+    for ends in product((b"", b"\n", b"\n\n", b" "), repeat=2):
+        raw = ends[0] + b"\n".join(y for x in good for y in (x, *BLANK)) + ends[1]
+        path = tmp_path / name
+        path.write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
+        reads = readers(path)
+        assert [reads[0](), reads[2]()] == ["good", "good"]
+        assert len(reads) == 4
+        for i, column in ((1, 3), (3, 2)):
+            with pytest.raises(BadRecord) as error:
+                reads[i]()
+            line = ends[0].count(b"\n") + i * (1 + len(BLANK)) + 1
+            assert str(error.value).startswith(f"{path}:{line}:{column}: truncated JSON (Expecting property name")
+
+
+def test_nothing_but_whitespace_is_no_data(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
-    path.write_bytes(b"\r\n\n" + GOOD + b"\r\n\r\n\n" + GOOD + b"\n\n\r")
-    assert [x() for x in readers(path)] == ["good", "good"]
+    path.write_bytes(b"\n".join(BLANK))
+    with pytest.raises(DataError) as error:
+        open_files(str(path))
+    assert str(error.value) == f"{path}: no records in 1 file(s); give a dataset that is not empty"
 
 
 def test_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
-    path = tmp_path / "x.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + GOOD)
-    assert [x() for x in readers(path)] == ["good"]
+    for name, raw in (("x.jsonl", GOOD), ("x.txt", b"good")):
+        path = tmp_path / name
+        path.write_bytes(BOM + raw)
+        assert [x() for x in readers(path)] == ["good"]
 
 
 @pytest.mark.parametrize("extension", ["gz", "zst"])

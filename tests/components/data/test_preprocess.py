@@ -96,7 +96,8 @@ def test_globs_are_sorted_and_inputs_keep_their_order(tmp_path: Path) -> None:
 
 
 def test_blank_lines_bom_and_a_last_line_without_newline(tmp_path: Path, chunk_bytes: int) -> None:
-    raw = b"\xef\xbb\xbf\n" + lines(RECORDS[:40]).replace(b"\n", b"\r\n\n\r\n").removesuffix(b"\r\n\n\r\n")
+    blank = b"\r\n\n\r\n \t\n\xef\xbb\xbf"  # a mark is before each record, as in files that were joined
+    raw = b"\xef\xbb\xbf\n" + lines(RECORDS[:40]).replace(b"\n", blank)
     (tmp_path / "a.jsonl").write_bytes(raw)
     (tmp_path / "empty.jsonl").write_bytes(b"")
     preprocess(options(tmp_path / "out", tmp_path / "empty.jsonl", tmp_path / "a.jsonl"), 0)

@@ -57,6 +57,15 @@ def test_bad_lines_are_located_and_skipped_only_if_allowed(bad: bytes, suffix: s
     assert (report["dropped"], report["first_dropped"]) == ({kind: 1}, [f"{file}{place}"])
 
 
+def test_lines_of_whitespace_are_counted_in_places_only(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b" \n\xef\xbb\xbf\n\t\r\n" + lines(RECORDS) + b"  \n\xef\xbb\xbf{\n ")
+    report = preprocess(options(tmp_path / "out", file, on_bad_record="skip"), 0)
+    assert written(tmp_path / "out_text_document") == expected(RECORDS)
+    what = "truncated JSON (Expecting property name enclosed in double quotes)"
+    assert report["first_dropped"] == [f"{file}:{len(RECORDS) + 5}:2: {what}"]
+
+
 def test_all_are_counted_and_the_first_are_located(tmp_path: Path) -> None:
     files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
     files[0].write_bytes(b"\n".join(b"x" if i % 2 else x for i, x in enumerate(lines(RECORDS).splitlines())))
