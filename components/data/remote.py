@@ -79,13 +79,15 @@ class RemoteFile:
         return reaching(self)
 
 
-def list_files(url: str, patterns: Sequence[str] = ()) -> Found:
+def list_files(url: str, patterns: Sequence[str] = (), told: str | None = None) -> Found:
     """The files that a URL names (a file, a folder, a glob), maybe none.
 
     In a folder, only what the first of `patterns` that matches anything does, if one does. Raises DataError: storage
-    that cannot be reached, or whose package is not installed.
+    that cannot be reached, or whose package is not installed. `told`: what messages call it; None: `url`.
     """
-    with reaching(url):
+    if problem := protocol_problem(url):
+        raise DataError(f"{told or url}: {problem}")
+    with reaching(told or url):
         files = _connect(url)
         path = _path(url).rstrip("/")
         make = partial(_listed, url)
@@ -123,8 +125,6 @@ def _connect(url: str) -> Any:
     """The file system, an fsspec.AbstractFileSystem (whose annotations do not tell modes apart), of this process."""
     from fsspec.core import url_to_fs
 
-    if problem := protocol_problem(url):
-        raise DataError(f"{url}: {problem}")
     return url_to_fs(url)[0]
 
 

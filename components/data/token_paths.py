@@ -31,7 +31,7 @@ class TokenPath(NamedTuple):
 def find_tokens(path: str) -> list[TokenPath]:
     """The token files that a path names, sorted. Raises DataError if there are none."""
     stem = PAIR.sub("", path)
-    pair = [suffix for suffix in (".bin", ".idx") if _exists(stem + suffix)]
+    pair = [suffix for suffix in (".bin", ".idx") if _exists(stem + suffix, path)]
     if pair == [".bin"] and path.endswith(".bin"):
         return [TokenPath(_found(path), False)]
     if pair:
@@ -47,7 +47,7 @@ def find_tokens(path: str) -> list[TokenPath]:
 def is_tokens(path: str) -> bool:
     """Whether a path names token files. A folder does if it holds an index, or `.bin` files and no other data files."""
     stem = PAIR.sub("", path)
-    if any(_exists(stem + suffix) for suffix in (".bin", ".idx")):
+    if any(_exists(stem + suffix, path) for suffix in (".bin", ".idx")):
         return True
     names = [x.lower() for x in _listed(path)]
     if any(x.endswith(".idx") for x in names):
@@ -63,9 +63,10 @@ def _sorted(names: Iterable[str]) -> list[TokenPath]:
     return [TokenPath(x, True) for x in sorted({PAIR.sub("", x) for x in files})]
 
 
-def _exists(path: str) -> bool:
+def _exists(path: str, given: str) -> bool:
+    """Whether there is such a file; `given` is the path as the user wrote it."""
     if is_remote(path):
-        return "*" not in path and [str(x) for x in list_files(path).files] == [path]
+        return "*" not in path and [str(x) for x in list_files(path, told=given).files] == [path]
     found = find_path(local_path(path))
     return found is not None and found.is_file()
 

@@ -21,6 +21,7 @@ from fsspec.spec import AbstractBufferedFile
 from components.data.documents import DatasetRequest, RandomAccess, Sequential, place_of
 from components.data.files import open_files
 from components.data.registry import open_dataset
+from components.data.token_paths import find_tokens, is_tokens
 from components.runtime.errors import DataError
 from tests.components.data.corpus import loaders, readers, run, streamed, texts, write_lines
 
@@ -216,6 +217,19 @@ def test_what_cannot_be_reached(place: str, message: str, monkeypatch: pytest.Mo
         open_files(place)
     shown = place.removeprefix("file://")
     assert str(error.value).startswith(f"{shown}: {message}")
+
+
+@pytest.mark.parametrize("given", ["s3://bucket/x", "s3://bucket/x.idx", "nothing://x/y", "s3://bucket/*.bin"])
+def test_a_path_of_token_files_is_named_as_it_was_given(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    why = {"s3": "Install s3fs to access S3: install that package on every machine"}
+    why["nothing"] = "fsspec knows no nothing://; give a path, or a URL as in s3://bucket/name"
+    for find in (is_tokens, find_tokens):
+        with pytest.raises(DataError) as error:
+            find(given)
+        assert str(error.value) == f"{given}: {why[given.partition('://')[0]]}"
+    with pytest.raises(DataError, match=r"^memory://no/x: no token files there; allowed: the prefix of a pair"):
+        find_tokens("memory://no/x")
 
 
 def test_reading_that_fails_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
