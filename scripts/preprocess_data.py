@@ -23,6 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 from trainer.command import report_errors
 
+WORKERS = (
+    "threads that encode, two in a process (default: as many as there are cores); 0: everything in this process, one"
+    " chunk after the other, as for a debugger; with --ray the number of tasks, at least 1"
+)
+
 
 def run(args: argparse.Namespace) -> int:
     """Encode; the exit code."""
@@ -156,7 +161,7 @@ def add_run(command: argparse.ArgumentParser) -> None:
     add("--on-bad-record", choices=("error", "skip"), default="error", help="stop, or skip and count (default: error)")
     add("--plain", action="store_true", help="one key: write OUTPUT.bin and .idx")
     add("--overwrite", action="store_true", help="replace finished files, and what was left of another run")
-    add("--workers", type=number, metavar="N", help="processes that encode (default: as many as there are cores)")
+    add("--workers", type=number, metavar="N", help=WORKERS)
     add("--ray", nargs="?", const="", metavar="ADDRESS", help="encode on a Ray cluster; without ADDRESS on a local one")
     add("--save-every", type=float, default=10.0, metavar="SECONDS", help="what a kill may cost (default: 10)")
 

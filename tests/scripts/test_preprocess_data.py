@@ -67,6 +67,23 @@ def test_wrong_input_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.
     assert "argument --workers: '-1' is no number from 0 on" in capsys.readouterr().err
 
 
+def test_no_workers_are_this_process_and_none_at_all_over_ray(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("components.data.preprocess.job.Pool", None)
+    file = write(tmp_path / "a.jsonl", RECORDS)
+    assert run(tmp_path, "--input", file, "--workers", "0") == 0
+    assert written(tmp_path / "out_text_document") == expected(RECORDS)
+    capsys.readouterr()
+    assert run(tmp_path, "--input", file, "--workers", "0", "--ray") == 2
+    assert capsys.readouterr().err == (
+        "error: --workers 0: with --ray it is the number of tasks at a time; leave it out for all CPUs\n"
+    )
+    with pytest.raises(SystemExit):
+        call("run", "--help")
+    assert "0: everything in this process, one chunk after the other" in " ".join(capsys.readouterr().out.split())
+
+
 def test_pieces_and_looks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write(tmp_path / "a.jsonl", RECORDS)
     prefix = tmp_path / "out"

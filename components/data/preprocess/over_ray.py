@@ -159,8 +159,10 @@ def preprocess_over_ray(
         stop: Asked after each chunk whether to stop.
         show: As there.
 
-    Raises ConfigError: no Ray, no cluster; Stopped, WorkerDied, DataError.
+    Raises ConfigError: no Ray, no cluster, no task; Stopped, WorkerDied, DataError.
     """
+    if workers == 0:
+        raise ConfigError("--workers 0: with --ray it is the number of tasks at a time; leave it out for all CPUs")
     job = Job(options)
     if isinstance(job.inputs[0].file, StandardInput):
         raise DataError("--input -: standard input cannot be read by other machines; leave --ray out, or give files")
