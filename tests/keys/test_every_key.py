@@ -2,14 +2,19 @@
 
 A test shows a key by the marker `shows`: `@pytest.mark.shows("training.seq_len")`, or as a mark of one of its
 parameters. Where a key stands in none of the tables below, a test is missing; where it stands in two, a line is stale.
+Keys of tables in a list are shown where such tables are first a key's: `data.sources.weight`, and by
+`validation.sources` no more than that it takes the same.
 """
 
 import ast
+import dataclasses
 from collections import Counter
 from pathlib import Path
+from typing import cast, get_args
 
 import pytest
 
+from components.config.annotations import single
 from components.config.job_config import JobConfig
 from components.config.schema import schema_of
 from tests.trainer.runs import ROOT
@@ -19,7 +24,18 @@ from trainer.config.names import find_model
 from trainer.config.support import UNSUPPORTED
 from trainer.config.validate import validate
 
-KEYS = schema_of(JobConfig).names
+
+def keys_of_tables() -> frozenset[str]:
+    """`data.sources.weight` and so on: keys of the tables that lists hold, of each kind of table once."""
+    found: dict[type, str] = {}
+    for key in schema_of(JobConfig).keys.values():
+        for item in get_args(single(key.type)):
+            if dataclasses.is_dataclass(item):
+                found.setdefault(cast(type, item), key.name)
+    return frozenset(f"{name}.{field.name}" for table, name in found.items() for field in dataclasses.fields(table))
+
+
+KEYS = schema_of(JobConfig).names | keys_of_tables()
 
 FLOAT8, MX = "--model.converters=quantize.linear.float8", "--model.converters=quantize.linear.mx"
 FLOAT8_EXPERTS = "--model.converters=quantize.grouped_mm.float8"

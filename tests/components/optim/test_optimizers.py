@@ -91,6 +91,11 @@ def test_unknown_name() -> None:
     )
 
 
+@pytest.mark.shows(
+    "optimizer.parameter_groups.pattern",
+    "optimizer.parameter_groups.lr_factor",
+    "optimizer.parameter_groups.weight_decay",
+)
 def test_groups_first_match_wins() -> None:
     model = _model()
     entries = [
