@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from components.data.documents import bad_record
-from components.data.watch import DataFile, fingerprint_of
+from components.data.watch import DataFile, LocalFile, fingerprint_of
 from components.runtime.errors import DataError
 
 CACHE_BYTES = 256 << 20
@@ -88,16 +88,25 @@ class Parquet:
 
 @contextmanager
 def _opened(file: DataFile) -> Iterator[Any]:
-    """A pyarrow.parquet.ParquetFile. Raises DataError for what Arrow raises over a file that has gone or is damaged."""
-    import pyarrow
+    """A pyarrow.parquet.ParquetFile. Raises DataError."""
     import pyarrow.parquet
 
-    with file.open() as opened, file.guarded():
-        try:
-            yield pyarrow.parquet.ParquetFile(opened)
-        except (pyarrow.ArrowException, IndexError) as error:  # IndexError: of fewer row groups than before
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise DataError(f"{file}: not a Parquet file, or damaged ({reason}); write it again") from error
+    with file.open() as opened, file.guarded(), readable(file):
+        yield pyarrow.parquet.ParquetFile(opened)
+
+
+@contextmanager
+def readable(file: DataFile) -> Iterator[None]:
+    """Raises DataError for what Arrow raises over a file that is damaged; what the system raises passes."""
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, IndexError, OSError) as error:  # IndexError: of fewer row groups than before
+        if isinstance(error, OSError) and (error.errno is not None or not isinstance(file, LocalFile)):
+            raise  # Arrow's own have no number, as those of storage
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{file}: not a Parquet file, or damaged ({reason}); write it again") from error
 
 
 def _row_groups(file: DataFile, fields: Sequence[str]) -> list[int]:

@@ -5,11 +5,15 @@ stay bounded. Rows before the position of a resume are decoded again within thei
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from typing import Any, NamedTuple
 
+from components.data.parquet import readable
 from components.data.watch import DataFile
 from components.runtime.errors import DataError
+
+TEXT = ("string", "large_string", "string_view", "null")
+"""Names of Arrow's types. Null is that of a column that happens to hold nothing in a file; each row of it is told."""
 
 
 class Batch(NamedTuple):
@@ -28,7 +32,7 @@ class Batch(NamedTuple):
 
 def batches(source: DataFile, columns: Sequence[str], size: int, start: int) -> Iterator[Batch]:
     """Batches of about `size` bytes, from row `start` on. Raises DataError: no Parquet file, no such columns."""
-    with closing(source.open()) as opened, source.guarded(), _readable(source):
+    with closing(source.open()) as opened, source.guarded(), readable(source):
         import pyarrow.parquet
 
         file = pyarrow.parquet.ParquetFile(opened, pre_buffer=False, buffer_size=1 << 20)
@@ -85,21 +89,10 @@ def _check_columns(path: DataFile, schema: Any, columns: Sequence[str]) -> None:
     for name in columns:
         if name not in schema.names:
             raise DataError(f"{path}: no column {name!r} (columns: {', '.join(schema.names)}); name others in --keys")
+        if schema.names.count(name) > 1:
+            raise DataError(f"{path}: has {schema.names.count(name)} columns {name!r}; give them names of their own")
         kind = schema.field(name).type
         kind = kind.value_type if types.is_list(kind) or types.is_large_list(kind) else kind
         kind = kind.value_type if types.is_dictionary(kind) else kind
-        # null: of a column that happens to hold nothing in this file; each row of it is told
-        if not (types.is_string(kind) or types.is_large_string(kind) or types.is_null(kind)):
+        if str(kind) not in TEXT:
             raise DataError(f"{path}: column {name!r} holds {schema.field(name).type}, not text or lists of texts")
-
-
-@contextmanager
-def _readable(path: DataFile) -> Iterator[None]:
-    """Raises DataError for what Arrow raises over a file that has gone or is damaged."""
-    import pyarrow
-
-    try:
-        yield
-    except pyarrow.ArrowException as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{path}: not a Parquet file, or damaged ({reason}); write it again") from error

@@ -1,6 +1,7 @@
 """Bad records are located, and stop the job or are counted; what cannot be read or written is told."""
 
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from components.data.parquet import Parquet
 from components.data.preprocess import job, output
 from components.data.preprocess.encode import LISTED
 from components.data.preprocess.job import preprocess
 from components.data.preprocess.pool import Pool
+from components.data.watch import LocalFile
 from components.runtime.errors import DataError
 from tests.components.data.preprocessing import compressed, corpus, expected, lines, options, write, written
 
@@ -142,6 +145,32 @@ def test_columns_without_a_type_and_of_categories(tmp_path: Path) -> None:
     assert report["dropped"] == {"null": 2}
     records = [{"text": x} for x in ([], [], "x", "y", "x")]
     assert written(tmp_path / "out_text_document") == expected(records)
+
+
+def test_columns_of_views_and_columns_of_one_name(tmp_path: Path) -> None:
+    views = pyarrow.array(["x", "longer than twelve bytes"] * 50, pyarrow.string_view())
+    pyarrow.parquet.write_table(pyarrow.table({"text": views}), tmp_path / "a.parquet")
+    preprocess(options(tmp_path / "out", tmp_path / "a.parquet"), 0)
+    assert written(tmp_path / "out_text_document") == expected([{"text": x} for x in views.to_pylist()])
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_arrays([views, views], names=["text", "text"]), tmp_path / "b.parquet"
+    )
+    assert message(tmp_path, tmp_path / "b.parquet", overwrite=True) == (
+        f"{tmp_path}/b.parquet: has 2 columns 'text'; give them names of their own"
+    )
+
+
+def test_a_damaged_footer_is_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["x"]}), file)
+    raw = file.read_bytes()
+    size = int.from_bytes(raw[-8:-4], "little")
+    file.write_bytes(raw[: -8 - size] + b"\xff" * size + raw[-8:])
+    what = rf"{file}: not a Parquet file, or damaged \(Couldn't deserialize thrift: .*\); write it again"
+    assert re.fullmatch(what, message(tmp_path, file))
+    with pytest.raises(DataError) as caught:
+        Parquet([LocalFile(file)])
+    assert re.fullmatch(what, str(caught.value))
 
 
 def test_text_files_are_located(tmp_path: Path) -> None:
