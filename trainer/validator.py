@@ -2,7 +2,7 @@
 
 Each pass reads the same rows from their start. Losses and counts are added up over all rows of all ranks and divided
 once, so the result depends neither on the layout nor on how rows fall into batches. Of several sets each has its own
-mean, and the whole is that of all their tokens.
+mean, and the whole is that of all their tokens. A set without any label has no mean; that is told, and ends no job.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ import torch
 from components.data.names import name_of
 from components.metrics.meter import Reduced, reduce_step
 from components.metrics.step import Validated
-from components.runtime.errors import DataError
+from components.runtime.logging import logger, prints_messages
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from components.config.training import Validation
     from components.data.loader import Loader
     from trainer.trainer import Trainer
@@ -38,29 +40,31 @@ class Validator:
         self.trainer = trainer
         self.config = trainer.job.validation
         self.loaders = {name: trainer.build_loader(section) for name, section in sets_of(self.config).items()}
+        self.unknown: set[str] = set()  # sets that have been told to have no label
 
     @torch.no_grad()
     def validate(self, step: int) -> float | Validated:
-        """The mean loss after `step` steps, of each set where there are several; equal on all ranks. Collective.
-
-        Raises DataError if a set has no valid token.
-        """
+        """The mean loss after `step` steps, of each set where there are several; equal on all ranks. Collective."""
         for model in self.trainer.models:
             model.eval()
         totals = {name: self.total(loader) for name, loader in self.loaders.items()}
         for model in self.trainer.models:
             model.train()
-        for name, total in totals.items():
-            if not total.count:
-                raise DataError(
-                    f"validation set {name!r}: no valid label token in what was read of it, nothing to judge by: raise"
-                    " validation.steps, or give other documents"
-                )
-        losses = {name: float(total.loss_sum / total.count) for name, total in totals.items()}
-        if len(losses) == 1:
-            return next(iter(losses.values()))
-        whole = sum(float(x.loss_sum) for x in totals.values()) / sum(int(x.count) for x in totals.values())
-        return Validated(whole, losses)
+        losses = {name: mean([total]) for name, total in totals.items()}
+        self.tell_unknown(losses)
+        whole = mean(list(totals.values()))
+        return whole if len(losses) == 1 and whole is not None else Validated(whole, losses)
+
+    def tell_unknown(self, losses: Mapping[str, float | None]) -> None:
+        """Warn of sets without a loss, of each once, and not on all ranks, which find the same."""
+        found = {name for name, loss in losses.items() if loss is None} - self.unknown
+        self.unknown |= found
+        for name in sorted(found) if prints_messages() else ():
+            logger.warning(
+                "validation set %r: no valid label token in what was read of it, so its loss is not known; raise"
+                " validation.steps, or give other documents",
+                name,
+            )
 
     def total(self, loader: Loader) -> Reduced:
         """Loss and labels of one set, over all ranks."""
@@ -77,3 +81,9 @@ class Validator:
 
     def close(self) -> None:
         """Nothing is kept between passes."""
+
+
+def mean(totals: Sequence[Reduced]) -> float | None:
+    """The mean loss per label; None of none. Each is equal on all ranks, so this is."""
+    count = sum(int(x.count) for x in totals)
+    return sum(float(x.loss_sum) for x in totals) / count if count else None

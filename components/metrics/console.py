@@ -49,14 +49,13 @@ def step_line(metrics: StepMetrics, total_steps: int) -> str:
 
 def validation_line(metrics: StepMetrics) -> str:
     """The validation that belongs to a report."""
-    sets = "".join(f"  {name} {loss:.5f}" for name, loss in metrics.validation_losses.items())
-    return f"validation  step {metrics.step}  loss {metrics.validation_loss:.5f}{sets}"
+    sets = "".join(f"  {name} {number(loss, 0, 5)}" for name, loss in metrics.validation_losses.items())
+    return f"validation  step {metrics.step}  loss {number(metrics.validation_loss, 0, 5)}{sets}"
 
 
 def lines(metrics: StepMetrics, total_steps: int) -> list[str]:
     """All lines of a report."""
-    validated = metrics.validation_loss is not None
-    return [step_line(metrics, total_steps), *([validation_line(metrics)] if validated else [])]
+    return [step_line(metrics, total_steps), *([validation_line(metrics)] if metrics.validated else [])]
 
 
 class PipeSink:
@@ -119,7 +118,7 @@ class TerminalSink:
         parts = [(f"{name} ", "dim", value, "bold" if name in ("step", "loss") else "") for name, value in pairs]
         line = Text("  ").join(Text.assemble((name, low), (value, high)) for name, low, value, high in parts)
         self._console.print(line, soft_wrap=True)
-        if metrics.validation_loss is not None:
+        if metrics.validated:
             self._console.print(Text(validation_line(metrics), "green"), soft_wrap=True)
         rate = f"{metrics.tokens_per_second:.0f}"
         self._bar.update(self._task, completed=metrics.step, loss=number(metrics.loss, 0, 4), rate=rate)

@@ -121,7 +121,7 @@ class Meter:
         rate = self._computed / seconds
         flops = rate * self._flops_per_token / self._ranks
         memory = self._memory(self._device)
-        held_out = validation if isinstance(validation, Validated) else Validated(validation or 0.0, {})
+        held_out = validation if isinstance(validation, Validated) else Validated(validation, {})
         metrics = StepMetrics(
             step=step,
             loss=values.loss if values else None,
@@ -135,7 +135,7 @@ class Meter:
             memory_gib=memory.gib,
             data_wait=self._waited / seconds,
             seconds=seconds / max(self._steps, 1),
-            validation_loss=None if validation is None else held_out.loss,
+            validation_loss=held_out.loss,
             validation_losses=held_out.sets,
             memory_share=memory.share,
         )

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 class Validated(NamedTuple):
     """What a validation of several sets has found."""
 
-    loss: float
-    """Mean loss per valid label token of all sets together."""
-    sets: Mapping[str, float]
-    """The mean of each, by name."""
+    loss: float | None
+    """Mean loss per valid label token of all sets together; None where none of them has such a token."""
+    sets: Mapping[str, float | None]
+    """The mean of each, by name; None for one without such a token. Empty for a single set whose mean is known."""
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,22 @@ class StepMetrics:
     seconds: float
     """Seconds per step, since the last report."""
     validation_loss: float | None = None
-    """Mean loss per valid label token of the validation set; None in steps without validation."""
-    validation_losses: Mapping[str, float] = field(default_factory=dict)
-    """The same of each validation set, where there are several."""
+    """Mean loss per valid label token of the validation set; None in steps without validation, and where it is not
+    known."""
+    validation_losses: Mapping[str, float | None] = field(default_factory=dict)
+    """The same of each validation set, where there are several, or the only one's is not known."""
     memory_share: float | None = None
     """`memory_gib` as a share (0 to 1) of what there is; None where that is not known."""
+
+    @property
+    def validated(self) -> bool:
+        """Whether there was a validation in this step."""
+        return self.validation_loss is not None or bool(self.validation_losses)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields; of `validation_loss` and `validation_losses` what there is."""
         fields = asdict(self)
-        if self.validation_loss is None:
+        if not self.validated:
             del fields["validation_loss"]
         if not self.validation_losses:
             del fields["validation_losses"]
@@ -67,8 +73,20 @@ class StepMetrics:
 
 
 def to_json(values: dict[str, Any]) -> str:
-    """Strict JSON, which has no NaN: such a number is null, and `nonfinite` says which it was."""
-    bad = {key: str(value) for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)}
-    if bad:
-        values = {**values, **dict.fromkeys(bad), "nonfinite": bad}
-    return json.dumps(values, allow_nan=False, ensure_ascii=False)
+    """Strict JSON, which has no NaN: such a number is null, and `nonfinite` says which it was, by its dotted name."""
+    bad: dict[str, str] = {}
+    values = _finite(values, "", bad)
+    return json.dumps(values | ({"nonfinite": bad} if bad else {}), allow_nan=False, ensure_ascii=False)
+
+
+def _finite(values: Mapping[str, Any], within: str, bad: dict[str, str]) -> dict[str, Any]:
+    """The values, with None for numbers that are not finite; these are added to `bad`."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{within}{key}"
+        if isinstance(value, Mapping):
+            value = _finite(value, f"{name}.", bad)
+        elif isinstance(value, float) and not math.isfinite(value):
+            bad[name], value = str(value), None
+        found[key] = value
+    return found

@@ -9,7 +9,7 @@ from components.mesh.batch import RowLoss
 from components.metrics.flops import peak_by_name, peak_flops
 from components.metrics.memory import GIB, Memory, peak_memory
 from components.metrics.meter import Meter, StepValues, largest_row_mean, reduce_step
-from components.metrics.step import StepMetrics
+from components.metrics.step import StepMetrics, Validated
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -114,6 +114,13 @@ def test_json() -> None:
     ]
     assert entry["nonfinite"] == {"loss": "nan", "grad_norm": "inf"}
     assert "validation_loss" not in entry
+
+
+def test_json_of_validation_sets() -> None:
+    held_out = Validated(None, {"a": None, "b": math.nan, "c": 2.0})
+    entry = json.loads(_meter(_Clock()).report(3, VALUES, 0.5, held_out).to_json())
+    assert (entry["validation_loss"], entry["validation_losses"]) == (None, {"a": None, "b": None, "c": 2.0})
+    assert entry["nonfinite"] == {"validation_losses.b": "nan"}
 
 
 def test_peaks_by_exact_name() -> None:

@@ -87,6 +87,13 @@ def test_what_was_not_computed_is_not_known(capsys: pytest.CaptureFixture[str]) 
     assert "nonfinite" not in record
 
 
+def test_a_validation_that_is_not_known(capsys: pytest.CaptureFixture[str]) -> None:
+    PipeSink(100).log(replace(STEP, validation_losses={"a": None}))
+    PipeSink(100).log(replace(STEP, validation_loss=3.2, validation_losses={"a": None, "b": 3.2}))
+    told = [x for x in capsys.readouterr().out.splitlines() if x.startswith("validation")]
+    assert told == ["validation  step 10  loss n/a  a n/a", "validation  step 10  loss 3.20000  a n/a  b 3.20000"]
+
+
 def test_stdout_that_is_no_terminal_gets_lines(capsys: pytest.CaptureFixture[str]) -> None:
     assert isinstance(console_sink(100, 0, plain=False), PipeSink)
 
