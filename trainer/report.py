@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from components.runtime import distributed
 from components.runtime.errors import UserError
@@ -15,8 +17,11 @@ from components.runtime.logging import logger
 from components.runtime.provenance import git_revision, versions
 from trainer.config.output import to_toml
 from trainer.run_folder import restart_count
+from trainer.validator import Validator
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from trainer.config.load import ResolvedJob
     from trainer.trainer import Trainer
 
@@ -83,15 +88,32 @@ def describe_job(trainer: Trainer, notes: list[str]) -> None:
     )
 
 
+Total = Callable[[Tensor], Tensor]
+"""Adds up a rank's whole numbers over all ranks that read different rows. Collective."""
+
+
 def tell_data(trainer: Trainer) -> None:
     """Log and note what this run's rows were made of: how full they were, what each source has given since the job
-    began, and what could not be read or was too long. Collective."""
-    loader, group = trainer.loader, trainer.dims.group("batch")
+    began, and what was left out and why. Collective."""
+    group = trainer.dims.group("batch")
+    _tell_data(trainer, lambda numbers: distributed.all_reduce_sum(numbers.to(trainer.device), group))
+
+
+def tell_data_at_a_stop(trainer: Trainer, group: ProcessGroup | None) -> None:
+    """The same from beside the training thread, which may be anywhere: over `group`, of all ranks. Collective."""
+    degrees, rank = trainer.dims.degrees, trainer.dims.rank
+    share = degrees.cp * degrees.tp  # ranks with the same rows, of which one counts
+    counts = rank < degrees.batch * share and rank % share == 0
+    _tell_data(trainer, lambda numbers: distributed.all_reduce_sum(numbers.cpu() * counts, group))
+
+
+def _tell_data(trainer: Trainer, total: Total) -> None:
+    loader = trainer.loader
     skipped, here = loader.skipped(), loader.report()  # of the same sources on all ranks
-    numbers = [here["row_tokens"], here["padding_tokens"], here["dropped_documents"], *skipped.values()]
-    totals = distributed.all_reduce_sum(torch.tensor(numbers, device=trainer.device), group).tolist()
-    places, padding, dropped, *counts = totals
-    given = _mixture(trainer)
+    names = ("row_tokens", "padding_tokens", "dropped_documents", "targetless_documents")
+    numbers = torch.tensor([*(here[x] for x in names), *skipped.values()])
+    places, padding, dropped, targetless, *counts = total(numbers).tolist()
+    given = _mixture(trainer, total)
     unit, whole = trainer.job.data.unit, sum(given.values())
     mixed = ""
     if len(given) > 1 and whole:
@@ -101,26 +123,42 @@ def tell_data(trainer: Trainer) -> None:
         logger.info("data: rows were filled to %s%s", f"{1 - padding / max(places, 1):.1%}", mixed)
     if dropped:
         logger.info("documents that were left out, longer than a row: %d", dropped)
-    if padding or mixed or dropped:
-        filled = {"rows_filled": 1 - padding / max(places, 1), "dropped_documents": dropped, "sources": given}
-        trainer.sinks.note({"event": "data", "step": trainer.progress.step, **filled})
-    _tell_skipped(trainer, dict(zip(skipped, counts, strict=True)))
+    if targetless:
+        logger.info("documents that were left out, without a token that a loss is taken at: %d", targetless)
+    if padding or mixed or dropped or targetless:
+        left_out = {"dropped_documents": dropped, "targetless_documents": targetless}
+        filled = {"rows_filled": 1 - padding / max(places, 1), **left_out, "sources": given}
+        trainer.sinks.note({"event": "data", "step": trainer.settled.step, **filled})
+    held_out = _skipped_held_out(trainer, total)
+    _tell_skipped(trainer, dict(zip(skipped, counts, strict=True)), held_out)
 
 
-def _mixture(trainer: Trainer) -> dict[str, int]:
+def _mixture(trainer: Trainer, total: Total) -> dict[str, int]:
     """What each source has given since the job began, by the cursors of all ranks' rows; empty if nobody knows."""
     cursors, dims = trainer.settled.cursors, trainer.dims
     if cursors is None:
         return {}
-    table = cursors.new_zeros(trainer.loader.global_batch, cursors.shape[1], device=trainer.device)
-    table[dims.data_rank :: dims.data_degree] = cursors.to(trainer.device)
-    return trainer.loader.mixture(distributed.all_reduce_sum(table, dims.group("batch")).tolist())
+    table = cursors.new_zeros(trainer.loader.global_batch, cursors.shape[1])
+    table[dims.data_rank :: dims.data_degree] = cursors
+    return trainer.loader.mixture(total(table).tolist())
 
 
-def _tell_skipped(trainer: Trainer, counts: dict[str, int]) -> None:
-    if not any(counts.values()):
+def _skipped_held_out(trainer: Trainer, total: Total) -> dict[str, int]:
+    """Records of each validation set that could not be read in the last pass over it, which are those of any pass."""
+    if not isinstance(trainer.validator, Validator):
+        return {}
+    here = {name: sum(loader.skipped().values()) for name, loader in trainer.validator.loaders.items()}
+    return dict(zip(here, total(torch.tensor(list(here.values()))).tolist(), strict=True))
+
+
+def _tell_skipped(trainer: Trainer, counts: dict[str, int], held_out: dict[str, int]) -> None:
+    """`counts`: by source; `held_out`: by validation set."""
+    if not any(counts.values()) and not any(held_out.values()):
         return
-    found = ", ".join(f"{name} {count}" for name, count in counts.items() if count and name)
-    told = f" ({found})" if found else ""
-    logger.info("records that could not be read and were skipped: %d%s", sum(counts.values()), told)
-    trainer.sinks.note({"event": "skipped_records", "step": trainer.progress.step, "sources": counts})
+    for what, numbers in (("records", counts), ("validation records", held_out)):
+        found = ", ".join(f"{name} {count}" for name, count in numbers.items() if count and name)
+        if whole := sum(numbers.values()):
+            told = f" ({found})" if found else ""
+            logger.info("%s that could not be read and were skipped: %d%s", what, whole, told)
+    event = {"event": "skipped_records", "step": trainer.settled.step, "sources": counts}
+    trainer.sinks.note(event | ({"validation": held_out} if any(held_out.values()) else {}))

@@ -21,9 +21,12 @@ from components.runtime.errors import ExitCode
 from components.runtime.interruption import SIGNALS, Actions, Interruption
 from components.runtime.logging import logger
 from components.runtime.requests import Request, Wish
+from trainer.report import tell_data_at_a_stop
 from trainer.run_folder import RunFolder
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from trainer.trainer import Trainer
 
 MARGIN_SECONDS = 60
@@ -44,7 +47,7 @@ def interruptible(trainer: Trainer, environ: Mapping[str, str], started: float) 
         return
     _ = trainer.parts.tensors  # looked up while the models are at rest
     group = distributed.new_host_group("interruption", config.grace_seconds + MARGIN_SECONDS)
-    stop = Stop(trainer, environ)
+    stop = Stop(trainer, environ, group)
     actions = Actions(stop.save, stop.end, stop.leave, lambda: str(trainer.standing))
     ends_at = started + limit if limit else None
     with Interruption(trainer.gate, group, actions, grace=config.grace_seconds, ends_at=ends_at).around() as over:
@@ -57,10 +60,10 @@ def interruptible(trainer: Trainer, environ: Mapping[str, str], started: float) 
 
 
 class Stop:
-    """The `Actions` of a Trainer."""
+    """The `Actions` of a Trainer. `group`: all ranks, for none but the keeper's thread; None for one rank."""
 
-    def __init__(self, trainer: Trainer, environ: Mapping[str, str]) -> None:
-        self.trainer, self.environ = trainer, environ
+    def __init__(self, trainer: Trainer, environ: Mapping[str, str], group: ProcessGroup | None) -> None:
+        self.trainer, self.environ, self.group = trainer, environ, group
         self.finished = False
 
     def save(self, request: Request) -> None:
@@ -79,7 +82,7 @@ class Stop:
             trainer.sinks.note({"event": "saved_on_signal", "step": step, "reason": request.reason})
 
     def end(self, request: Request) -> int:
-        """Close the reports; the exit code."""
+        """Tell what a job tells at its end, and close the reports; the exit code. Collective."""
         trainer = self.trainer
         step = trainer.settled.step
         if trainer.reporting.acquire(timeout=REPORT_SECONDS):  # else the training thread is stuck in a report
@@ -91,7 +94,10 @@ class Stop:
         failed = request.wish == Wish.FAIL
         if failed or not self.finished:
             trainer.sinks.note({"event": "stopped", "step": step, "reason": request.reason})
-        trainer.sinks.close()
+        try:
+            tell_data_at_a_stop(trainer, self.group)
+        finally:
+            trainer.sinks.close()
         if failed:
             if step:
                 logger.info("step %d is saved; once the data are mended, the same command goes on from there", step)

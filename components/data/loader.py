@@ -11,7 +11,7 @@ import signal
 import threading
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -121,9 +121,10 @@ class Loader:
     def __iter__(self) -> Iterator[StepRows]:
         """Steps of this rank, until its own rows end; see `steps` for ranks in agreement. Raises DataError."""
         for blocks in self._in_workers() if self._settings.num_workers else self._here():
-            if all(x.ended for x in blocks):
+            ended = all(x.ended for x in blocks)
+            self._counts = [_without(x) if ended else x.counts for x in blocks]
+            if ended:
                 return
-            self._counts = [x.counts for x in blocks]
             yield self._step(blocks)
 
     def steps(
@@ -264,7 +265,11 @@ def _check(source: RowSource, global_batch: int, data_degree: int, settings: Dat
 
 
 def _blocks(source: RowSource, cursors: Mapping[int, Cursor]) -> Iterator[_Block]:
-    """One block a step from the streams named; with the ending `pad` there is no end, but blocks that say `ended`."""
+    """One block a step from the streams named; with the ending `pad` there is no end, but blocks that say `ended`.
+
+    Counts begin anew.
+    """
+    source.counts = source.counts.fresh()
     streams = source.open(cursors)
     last = list(cursors.values())
     filler = padding_row(source.seq_len)
@@ -280,6 +285,13 @@ def _blocks(source: RowSource, cursors: Mapping[int, Cursor]) -> Iterator[_Block
         rows = torch.empty(len(Row._fields), len(made), source.seq_len, dtype=torch.int64)
         _fill(rows.numpy(), [filler if x is None else x[0] for x in made])
         yield _Block(rows, torch.tensor(last), source.counts.copy(), missing == len(made))
+
+
+def _without(block: _Block) -> Counts:
+    """The counts without this block's places, since it is no step; what was skipped on the way to the end remains."""
+    places = block.rows[0].numel()
+    counts = block.counts
+    return replace(counts, padding_tokens=counts.padding_tokens - places, row_tokens=counts.row_tokens - places)
 
 
 def _fill(block: np.ndarray, rows: Sequence[Row]) -> None:

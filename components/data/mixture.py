@@ -55,6 +55,8 @@ class Feed(NamedTuple):
     walk: Walk
     encode: Callable[[Document], Encoded | None]
     """A document as it is packed; None if there is nothing to pack."""
+    require_any: Callable[[], None] = lambda: None
+    """Raises DataError if no document of the whole source can be packed."""
 
 
 class Mixture:
@@ -100,7 +102,7 @@ class Mixture:
 
     def _look(self, d: int) -> None:
         """Go on to the source's next document that has tokens. Raises DataError if there seems to be none."""
-        name, walk, encode = self._feeds[d]
+        name, walk, encode, require_any = self._feeds[d]
         at = WIDTH * d
         last = self._state[at]
         while True:
@@ -108,20 +110,24 @@ class Mixture:
                 document = next(walk)
             except StopIteration as end:
                 self._state[at : at + 2] = end.value
+                if not self._state[at + 2]:  # this stream has had nothing of it
+                    require_any()
                 return
             if (found := encode(document)) is not None:
                 self._state[at : at + 2] = document.epoch, document.position
                 self._heads[d], self._lengths[d] = found, self._unit(found)
                 return
             if document.epoch > last + BARREN_EPOCHS:
-                raise _barren(name)
+                require_any()
+                raise DataError(
+                    f"{called(name)}: one of the streams found nothing to pack in {BARREN_EPOCHS} epochs of it, though"
+                    " other documents of it can be packed; give more documents, or set data.streams lower"
+                )
 
 
-def _barren(name: str) -> DataError:
-    of = f" of source {name!r}" if name else ""
-    return DataError(
-        f"a stream found no text in {BARREN_EPOCHS} epochs{of}; give more documents, or set data.streams lower"
-    )
+def called(name: str) -> str:
+    """What messages call a source."""
+    return f"source {name!r}" if name else "the dataset"
 
 
 def phases(lengths: Sequence[int], stream: int) -> list[int]:

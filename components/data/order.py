@@ -90,15 +90,17 @@ def deal(
     """
     own = None if seed is None else named_seed(seed, name)
     if isinstance(documents, RandomAccess):
-        return RandomDeal(documents, streams=streams, seed=own, epochs=epochs)
-    return WindowedDeal(documents, streams=streams, seed=own, epochs=epochs, window=window)
+        return RandomDeal(documents, streams=streams, seed=own, epochs=epochs, name=name)
+    return WindowedDeal(documents, streams=streams, seed=own, epochs=epochs, window=window, name=name)
 
 
 class RandomDeal:
     """Deal of a source with random access: each stream looks up its own documents, whatever the others do."""
 
-    def __init__(self, source: RandomAccess, *, streams: int, seed: int | None, epochs: int | None) -> None:
-        self.streams, self.epochs = streams, epochs
+    def __init__(
+        self, source: RandomAccess, *, streams: int, seed: int | None, epochs: int | None, name: str = ""
+    ) -> None:
+        self.streams, self.epochs, self._name = streams, epochs, name
         self._source, self._seed = source, seed
         self._orders: dict[int, np.ndarray] = {}
         self.fingerprint: dict[str, Any] = {"streams": streams, "shuffle_seed": seed}
@@ -110,7 +112,7 @@ class RandomDeal:
     def _walk(self, epoch: int, position: int) -> Walk:
         count = len(self._source)
         if not count:
-            raise _empty(self._source)
+            raise _empty(self._source, self._name)
         while self.epochs is None or epoch < self.epochs:
             while position < count:
                 index = int(self._order(epoch)[position])
@@ -137,8 +139,10 @@ class WindowedDeal:
     new pass.
     """
 
-    def __init__(self, source: Sequential, *, streams: int, seed: int | None, epochs: int | None, window: int) -> None:
-        self.streams, self.epochs = streams, epochs
+    def __init__(
+        self, source: Sequential, *, streams: int, seed: int | None, epochs: int | None, window: int, name: str = ""
+    ) -> None:
+        self.streams, self.epochs, self._name = streams, epochs, name
         self._source, self._seed = source, seed
         self._window = 1 if seed is None else window
         self.fingerprint: dict[str, Any] = {"streams": streams, "shuffle_seed": seed, "shuffle_window": self._window}
@@ -182,7 +186,7 @@ class WindowedDeal:
             elif start:  # the place lies beyond the end, as with more streams than documents: count from the beginning
                 start = 0
             else:
-                raise _empty(self._source)
+                raise _empty(self._source, self._name)
         for stream, place in places.items():
             ends[stream] = place if place.epoch >= epoch else Place(epoch, (stream - shift) % self.streams)
 
@@ -196,5 +200,6 @@ class WindowedDeal:
                 return
 
 
-def _empty(source: RandomAccess | Sequential) -> DataError:
-    return DataError(f"no documents in the dataset ({source.fingerprint}); give one that is not empty")
+def _empty(source: RandomAccess | Sequential, name: str) -> DataError:
+    where = f"source {name!r}: no documents in it" if name else "no documents in the dataset"
+    return DataError(f"{where} ({source.fingerprint}); give one that is not empty")

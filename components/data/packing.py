@@ -17,11 +17,12 @@ from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, Literal
 
 import numpy as np
 
-from components.data.documents import MEND, BadRecord
+from components.data.documents import BadRecord
 from components.data.encoding import Encoded, Where
 from components.data.mixture import Mixture, Taken
 from components.data.origins import Listener
@@ -59,13 +60,38 @@ class Packing:
         return found | ({"packing_window": self.window} if self.kind == "best_fit" else {})
 
 
+class Dropped(Enum):
+    """Why a readable document is not packed."""
+
+    EMPTY = "empty"
+    """It has no tokens."""
+    LONG = "longer than a row"
+    """And `long_documents` is `drop`."""
+    TARGETLESS = "without a token that a loss is taken at"
+    """Or truncating has left none."""
+
+
 Rows = Iterator[tuple[Row, Cursor]]
 MakeRow = Callable[[Sequence[Encoded]], Row]
 """Makes a row of documents, or of consecutive tokens of such."""
 
 
+def prepared(document: Encoded, packing: Packing, where: Where) -> Encoded | Dropped:
+    """The document as it is packed, or why it is not: a pure function of the document. Raises BadRecord (`fitted`).
+
+    Parts that `split` makes are kept even where one has no target: together they are the document.
+    """
+    found = document if packing.kind == "concat" else fitted(document, packing, where)
+    if found is None:
+        return Dropped.LONG
+    if not len(found.tokens):
+        return Dropped.EMPTY
+    first = 0 if packing.cross_document_labels else 1  # else nothing predicts a document's first token
+    return found if found.targets is None or found.targets[first:].any() else Dropped.TARGETLESS
+
+
 def fitted(document: Encoded, packing: Packing, where: Where) -> Encoded | None:
-    """The document as it is packed where packing does not cut; None if it is dropped.
+    """The document where packing does not cut; None if it is dropped for its length.
 
     Raises BadRecord if documents may not be that long.
     """
@@ -80,8 +106,10 @@ def fitted(document: Encoded, packing: Packing, where: Where) -> Encoded | None:
         case "drop":
             return None
     raise BadRecord(
-        f"{where()}: a document of {len(document.tokens)} tokens, but a row takes {most}, the last as a label only:"
-        f" raise training.seq_len, cut such documents with data.long_documents, or {MEND}"
+        f"{where()}: a document of {len(document.tokens)} tokens is longer than a row, which takes {most}"
+        ' (training.seq_len + 1), and data.long_documents = "error" refuses it; raise training.seq_len, set'
+        " data.long_documents to split, truncate, truncate_left or drop, or leave such documents out with"
+        ' data.on_bad_record = "skip"'
     )
 
 

@@ -34,12 +34,18 @@ class Counts:
 
     dropped_documents: int = 0
     """Documents that were left out since they are longer than a row."""
+    targetless_documents: int = 0
+    """Documents that were left out since a loss is taken at none of their tokens, or none that truncating left."""
     padding_tokens: int = 0
     """Places of rows that no document filled."""
     row_tokens: int = 0
     """Places of rows, filled or not."""
     skipped: dict[str, int] = field(default_factory=dict)
     """Records that could not be read, for each source by its name; 0 too."""
+
+    def fresh(self) -> "Counts":
+        """Of the same sources, before anything was done."""
+        return Counts(skipped=dict.fromkeys(self.skipped, 0))
 
     def copy(self) -> "Counts":
         """The numbers as they are now."""

@@ -6,17 +6,18 @@ those documents again; no token is ever saved, and the position of no stream dep
 """
 
 import traceback
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from itertools import chain
+from itertools import chain, count
 from typing import Any, Literal
 
-from components.data.documents import BadRecord, Record
+from components.data.documents import MEND, BadRecord, Record
 from components.data.encoding import Encoded, Seat
-from components.data.mixture import WIDTH, Feed, Mixture, StreamSource, phases
+from components.data.mixture import WIDTH, Feed, Mixture, StreamSource, called, phases
 from components.data.order import Document, Place, Walk
 from components.data.origins import Listener, Origin
-from components.data.packing import Packing, fitted, rows_of
+from components.data.packing import Dropped, Packing, prepared, rows_of
 from components.data.quota import PER_DOCUMENT, whole_weights
 from components.data.rows import Counts, Cursor, Ending, Row
 from components.runtime.errors import DataError, EspalierError
@@ -45,6 +46,7 @@ class StreamedRows:
         self._sources, self._packing, self._skip_bad = sources, packing, skip_bad
         self._weights, self._per_document = whole_weights([x.weight for x in sources]), unit == "documents"
         self._begun: list[Cursor] = []
+        self._usable: set[str] = set()  # sources of which some document is known to be packed
         self.listener: Listener | None = None
         self.ending: Ending = ending
         self.seq_len, self.streams = packing.seq_len, sources[0].deal.streams
@@ -96,7 +98,10 @@ class StreamedRows:
 
     def _rows(self, cursor: Cursor, walks: Sequence[Walk]) -> Iterator[tuple[Row, Cursor]]:
         """Rows of one stream, from the documents of each source."""
-        feeds = [Feed(x.name, walk, partial(self._encoded, x)) for x, walk in zip(self._sources, walks, strict=True)]
+        feeds = [
+            Feed(x.name, walk, partial(self._encoded, x), partial(self._require_any, x))
+            for x, walk in zip(self._sources, walks, strict=True)
+        ]
         mixture = Mixture(feeds, self._weights, self._units, cursor[1:])
         pad = self.ending == "pad"
         return rows_of(mixture, self._packing, cursor[0], self.counts, pad=pad, listener=self.listener)
@@ -113,16 +118,42 @@ class StreamedRows:
                 raise
             self.counts.skipped[source.name] += 1
             return None
-        if found is None:
-            self.counts.dropped_documents += 1
-        return found if found is not None and len(found.tokens) else None
+        if isinstance(found, Encoded):
+            return found
+        self.counts.dropped_documents += found is Dropped.LONG
+        self.counts.targetless_documents += found is Dropped.TARGETLESS
+        return None
 
-    def _made(self, source: StreamSource, document: Document) -> Encoded | None:
-        """A document as it is packed, maybe without tokens; None if it is too long. Raises BadRecord."""
+    def _made(self, source: StreamSource, document: Document) -> Encoded | Dropped:
+        """A document as it is packed, or why it is not. Raises BadRecord."""
         encoded = source.encoder.encode(_read(document), document.where, Seat(document.epoch, document.position))
         if self.listener is not None:
             encoded = encoded._replace(origin=Origin(source.name, document.where(), 0, len(encoded.tokens)))
-        return encoded if self._packing.kind == "concat" else fitted(encoded, self._packing, document.where)
+        return prepared(encoded, self._packing, document.where)
+
+    def _require_any(self, source: StreamSource) -> None:
+        """Raises DataError, which says why, if no document of a source can be packed. Reads until one can.
+
+        Held-out documents may be all dropped: that is told of the validation set, and ends no job.
+        """
+        if self.ending == "pad" or source.name in self._usable:
+            return
+        dropped, first = Counter[Dropped | None](), ""
+        walks = source.deal.open({s: Place(0, s) for s in range(self.streams)})
+        for number in count():
+            document = next(walks[number % self.streams], None)
+            if document is None or document.epoch:
+                raise _all_dropped(source.name, dropped, first, self._packing)
+            try:
+                found = self._made(source, document)
+            except BadRecord as error:
+                dropped[None] += 1
+                first = first or str(error).removesuffix(f"; {MEND}")
+                continue
+            if isinstance(found, Encoded):
+                self._usable.add(source.name)
+                return
+            dropped[found] += 1
 
     def _mean(self, source: StreamSource) -> int:
         """What a document of a source counts, in the mean over the first of its order that can be read."""
@@ -136,7 +167,7 @@ class StreamedRows:
                 found = None if document is None else self._made(source, document)
             except BadRecord:  # told, or skipped and counted, by the stream that it belongs to
                 continue
-            lengths.append(0 if found is None else len(found.tokens))
+            lengths.append(len(found.tokens) if isinstance(found, Encoded) else 0)
         return sum(lengths) // max(1, len(lengths))
 
 
@@ -152,3 +183,23 @@ def _read(document: Document) -> Record:
             f"{document.where()}: reading this document fails with {type(error).__name__}: {error}"
             f" ({at.filename}:{at.lineno}); mend the dataset's code"
         ) from error
+
+
+def _all_dropped(name: str, dropped: Counter[Dropped | None], first: str, packing: Packing) -> DataError:
+    """The error for a source that has nothing to pack. None among the reasons: a bad record, `first` says which."""
+    reason, number = dropped.most_common(1)[0]
+    match reason:
+        case Dropped.EMPTY:
+            why, mend = "are empty", "give documents with text in them"
+        case Dropped.LONG:
+            why = f'are longer than a row of {packing.seq_len} tokens (data.long_documents = "drop")'
+            mend = "raise training.seq_len, or have such documents cut by another data.long_documents"
+        case Dropped.TARGETLESS:
+            why = "have no token that a loss is taken at, or none that truncating leaves"
+            mend = "raise training.seq_len, or set data.long_documents to truncate_left or split"
+        case _:
+            why, mend = f"cannot be read (the first: {first})", "mend them, or give other documents"
+    total = sum(dropped.values())
+    return DataError(
+        f"{called(name)}: all its {total} documents were dropped, {number} of them since they {why}; {mend}"
+    )

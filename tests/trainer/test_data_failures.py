@@ -3,13 +3,14 @@
 import functools
 import json
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.components.data.corpus import texts, write_lines
-from tests.reliability.interrupted import Ended, interrupt
+from tests.reliability.interrupted import Ended, Shot, interrupt
 from tests.reliability.test_signals import codes, events, saved
 from tests.trainer.runs import facts, launch, records
 
@@ -188,3 +189,47 @@ def test_skipped_records_are_told_for_each_source(tmp_path: Path) -> None:
     count = last["sources"]["poor"]
     assert count > 0
     assert f"records that could not be read and were skipped: {count} (poor {count})" in outcomes[0].stderr
+
+
+def poor(folder: Path, bad: int) -> Path:
+    """A corpus that begins with so many bad records."""
+    path = folder / "poor.jsonl"
+    path.write_text("\n".join(["{"] * bad + [json.dumps({"text": x}) for x in DOCUMENTS]))
+    return path
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=SLOW)])
+def test_skipped_records_of_validation_are_told_for_each_set(workers: int, tmp_path: Path) -> None:
+    """As many as one pass meets, however many passes there were; a set whose records are all bad is told too."""
+    (tmp_path / "worse.jsonl").write_text("{\n" * 5)
+    tables = ", ".join(f"{{path='{x}'}}" for x in (poor(tmp_path, 3), tmp_path / "worse.jsonl"))
+    outcomes = launch(
+        2,
+        tmp_path,
+        "--validation.enable",
+        "--validation.freq=1",
+        "--validation.steps=-1",
+        "--validation.seq_len=64",
+        "--validation.local_batch_size=4",
+        f"--validation.dataloader.num_workers={workers}",
+        f"--validation.sources=[{tables}]",
+        "--data.on_bad_record=skip",
+    )
+    assert [x.code for x in outcomes] == [0, 0], outcomes[0].stderr
+    (last,) = (x for x in events(tmp_path) if x["event"] == "skipped_records")
+    told = {"poor": 3, "worse": 5}
+    assert last == {"event": "skipped_records", "step": 3, "sources": {"": 0}, "validation": told}
+    assert "validation records that could not be read and were skipped: 8 (poor 3, worse 5)\n" in outcomes[0].stderr
+    assert "\nrecords that could not be read" not in outcomes[0].stderr
+
+
+@pytest.mark.parametrize("layout", [(), pytest.param(("--parallelism.context_parallel_degree=2",), marks=SLOW)])
+def test_skipped_records_are_told_at_a_stop(layout: tuple[str, ...], tmp_path: Path) -> None:
+    """Of all ranks, and once of those that read the same rows."""
+    data = (f"--training.dataset_path={poor(tmp_path, 8)}", "--data.on_bad_record=skip", "--data.shuffle=false")
+    shot = Shot(signal.SIGTERM, (0, 1), ("1.data",))
+    ended = interrupt(2, tmp_path, (*data, *layout), [shot], HOLD="data 3 inf 1")
+    assert codes(ended) == [75, 75], ended
+    stopped = {"event": "stopped", "step": 2, "reason": "SIGTERM"}
+    assert events(tmp_path) == [stopped, {"event": "skipped_records", "step": 2, "sources": {"": 8}}]
+    assert "records that could not be read and were skipped: 8\n" in ended[0].err

@@ -11,18 +11,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from components.data.documents import BadRecord, Record
+from components.data.documents import MEND, BadRecord, Record
 from components.data.encoding import Encoded, Seat, TokensEncoder, Where
 from components.data.indexed import IndexedRows, SyntheticRows
 from components.data.loader import Loader
 from components.data.mixture import Feed, Mixture, StreamSource, phases
-from components.data.order import Document, Place, RandomDeal, Walk, WindowedDeal, deal, named_seed
+from components.data.order import Deal, Document, Place, RandomDeal, Walk, WindowedDeal, deal, named_seed
 from components.data.packing import Packing
 from components.data.quota import PER_DOCUMENT, choose, whole_weights
 from components.data.rows import Ending
 from components.data.streamed import StreamedRows
 from components.runtime.errors import DataError
-from tests.components.data.corpus import Numbered, loaders, run
+from tests.components.data.corpus import Numbered, loaders, run, streamed
 from tests.components.data.test_order import Numbers
 
 WEIGHTS = st.lists(st.integers(1, 1000), min_size=1, max_size=7)
@@ -277,11 +277,58 @@ def test_a_source_without_text_is_named() -> None:
     source = rows({"a": [3] * 5, "b": [0] * 5}, [1, 1], streams=1)
     with pytest.raises(DataError) as error:
         next(iter(loaders(source, 1, 1)[0]))
-    message = "a stream found no text in 16 epochs of source 'b'; give more documents, or set data.streams lower"
-    assert str(error.value) == message
+    message = (
+        "source 'b': all its 5 documents were dropped, 5 of them since they are empty; give documents with text in"
+    )
+    assert str(error.value) == f"{message} them"
     with pytest.raises(DataError) as error:
         next(iter(loaders(rows({"a": []}, [1], streams=1), 1, 1)[0]))
-    assert str(error.value) == "no documents in the dataset ({'lengths': []}); give one that is not empty"
+    assert str(error.value) == "source 'a': no documents in it ({'lengths': []}); give one that is not empty"
+
+
+class Poor(Numbered):
+    """Of every three documents two cannot be read."""
+
+    def document(self, index: int) -> np.ndarray:
+        if index % 3:
+            raise BadRecord(f"x:{index + 1}: bad; {MEND}")
+        return super().document(index)
+
+
+WHY = {
+    "bad": "{n} of them since they cannot be read (the first: x:2: bad); mend them, or give other documents",
+    "drop": '{n} of them since they are longer than a row of 16 tokens (data.long_documents = "drop"); raise'
+    " training.seq_len, or have such documents cut by another data.long_documents",
+}
+
+
+@pytest.mark.parametrize("ending", ["repeat", "stop"])
+@pytest.mark.parametrize("why", ["bad", "drop"])
+def test_a_source_whose_documents_are_all_dropped_is_named(ending: Ending, why: str) -> None:
+    """By the stream that finds it first, with the most common reason; however many streams there are."""
+    other = StreamSource("good", dealt_of(Numbered([9] * 20), "good", 4, ending), TokensEncoder(1 << 20))
+    count, most = (3, 2) if why == "bad" else (5, 3)
+    documents = Poor([0] * count) if why == "bad" else Numbered([40, 40, 0, 40, 0])
+    poor = StreamSource("poor", dealt_of(documents, "poor", 4, ending), TokensEncoder(1 << 20))
+    source = StreamedRows(
+        [other, poor], Packing(16, kind="padded", long_documents="drop"), ending=ending, skip_bad=True, fingerprint={}
+    )
+    with pytest.raises(DataError) as error:
+        list(run(loaders(source, 4, 1), 40))
+    told = f"source 'poor': all its {count} documents were dropped, " + WHY[why].format(n=most)
+    assert str(error.value) == told
+
+
+def dealt_of(documents: Numbered, name: str, streams: int, ending: Ending) -> Deal:
+    return deal(documents, name=name, streams=streams, seed=1, epochs=None if ending == "repeat" else 1, window=1)
+
+
+def test_held_out_documents_that_are_all_dropped_are_no_error() -> None:
+    source = streamed(Poor([0] * 3), streams=2, ending="pad", encoder=TokensEncoder(9), skip_bad=True)
+    (loader,) = loaders(source, 2, 1)
+    for _ in range(2):
+        assert list(run([loader])) == []
+        assert (loader.skipped(), loader.report()["row_tokens"]) == ({"": 2}, 0)
 
 
 def test_a_mean_is_of_what_can_be_read() -> None:

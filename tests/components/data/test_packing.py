@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components.config.data import Data
-from components.data.documents import MEND, BadRecord, Record
+from components.data.documents import BadRecord, Record
 from components.data.encoding import Encoded, Seat, TokensEncoder, Where
 from components.data.mixture import Feed, Mixture
 from components.data.order import Place, RandomDeal
@@ -172,8 +172,10 @@ def test_a_long_document_that_is_an_error() -> None:
     with pytest.raises(BadRecord) as error:
         list(run(loaders(source(long_documents="error"), 1, 1)))
     assert str(error.value) == (
-        "document 1 of the dataset, counted from 0: a document of 40 tokens, but a row takes 17, the last as a label"
-        f" only: raise training.seq_len, cut such documents with data.long_documents, or {MEND}"
+        "document 1 of the dataset, counted from 0: a document of 40 tokens is longer than a row, which takes 17"
+        ' (training.seq_len + 1), and data.long_documents = "error" refuses it; raise training.seq_len, set'
+        " data.long_documents to split, truncate, truncate_left or drop, or leave such documents out with"
+        ' data.on_bad_record = "skip"'
     )
     for policy, report in (("error", (1, 0)), ("drop", (0, 1))):
         for workers in (0, 1):
@@ -188,7 +190,8 @@ def test_what_a_rank_tells_of_its_rows(workers: int) -> None:
     encoder = TokensEncoder(1 << 20)
     source = streamed(Numbered([10, 20, 5, 17]), streams=2, ending="pad", seed=None, encoder=encoder, kind="padded")
     (loader,) = loaders(source, 2, 1, workers)
-    zero = {"skipped_records": 0, "dropped_documents": 0, "padding_tokens": 0, "row_tokens": 0}
+    names = ("skipped_records", "dropped_documents", "targetless_documents", "padding_tokens", "row_tokens")
+    zero = dict.fromkeys(names, 0)
     assert loader.report() == zero
     steps = list(run([loader]))
     assert len(steps) == 3  # stream 0 has documents of 10 and 5, and then nothing; stream 1 of 20, in two rows, and 17
@@ -214,6 +217,56 @@ def test_labels_are_targets(kind: str, policy: str) -> None:
     kept = [np.arange(n)[-17:] if policy == "truncate_left" else np.arange(n) for n in lengths]
     expected = [100 * d + i for d, x in enumerate(kept) for i in x[1:] if (100 * d + i) % 3 == 0]
     assert sorted(labels[labels != IGNORE].tolist()) == expected
+
+
+class Late(TokensEncoder):
+    """A loss at the tokens from the twentieth on, and in every other document at none."""
+
+    def encode(self, record: Record, where: Where, seat: Seat) -> Encoded:
+        tokens = super().encode(record, where, seat).tokens
+        return Encoded(tokens, (tokens % 100 >= 20) & (tokens // 100 % 2 == 0))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("kind", "policy", "kept"),
+    [
+        ("concat", "truncate", [0, 4, 6]),
+        ("best_fit", "split", [0, 4, 6]),
+        ("best_fit", "truncate", []),
+        ("padded", "truncate_left", [0, 4, 6]),
+        ("padded", "truncate", []),
+    ],
+)
+def test_documents_without_a_target_are_left_out_and_counted(
+    kind: str, policy: str, kept: list[int], workers: int
+) -> None:
+    def ranks(lengths: list[int]) -> list[Any]:
+        documents, encoder = Numbered(lengths), Late(1 << 20)
+        return loaders(streamed(documents, streams=2, seed=None, ending="pad", encoder=encoder, kind=kind,
+                                long_documents=policy), 2, 1, workers)  # fmt: skip
+
+    lengths = [30, 30, 9, 30, 40, 5, 21]
+    found = ranks(lengths)
+    rows = [x for x, _ in run(found)]
+    assert found[0].report()["targetless_documents"] == len(lengths) - len(kept)
+    held_so = sorted({int(x) // 100 for row in rows for x in row[:, 1].flatten() if x != IGNORE})
+    assert held_so == kept
+    again = [x for x, _ in run(ranks([n if i in kept else 0 for i, n in enumerate(lengths)]))]
+    assert len(rows) == len(again)
+    assert all(torch.equal(a, b) for a, b in zip(rows, again, strict=True))
+
+
+def test_a_resume_leaves_out_the_same_documents() -> None:
+    draw = Random(3)
+    documents = Numbered([draw.randint(1, 40) for _ in range(30)])
+    for kind in ("concat", "best_fit", "padded"):
+        source = streamed(documents, streams=2, encoder=Late(1 << 20), kind=kind, long_documents="truncate_left")
+        (loader,) = loaders(source, 2, 1)
+        steps = list(run([loader], 12))
+        for at in range(11):
+            loader.load_state(loader.state_dict(steps[at][1]))
+            assert torch.equal(next(run([loader], 1))[0], steps[at + 1][0])
 
 
 def test_the_fingerprint_has_what_rows_depend_on() -> None:

@@ -130,7 +130,10 @@ def test_a_stream_without_text_is_an_error(tmp_path: Path) -> None:
     source = streamed(open_files(str(path)), streams=3, seed=None, bos=False, eos=False)
     with pytest.raises(DataError) as error:
         next(iter(loaders(source, 3, 1)[0]))
-    assert str(error.value) == ("a stream found no text in 16 epochs; give more documents, or set data.streams lower")
+    assert str(error.value) == (
+        "the dataset: one of the streams found nothing to pack in 16 epochs of it, though other documents of it can be"
+        " packed; give more documents, or set data.streams lower"
+    )
 
 
 def test_synthetic_rows_are_a_function_of_their_number() -> None:
