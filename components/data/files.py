@@ -19,6 +19,7 @@ from components.data.remote import is_remote, list_files, local_path
 from components.data.textfiles import TextFiles
 from components.data.watch import DataFile, Found, LocalFile
 from components.runtime.errors import DataError
+from components.runtime.logging import logger, prints_messages
 
 JSON_LINES = tuple(a + b for a in (".jsonl", ".json") for b in ("", ".gz", ".zst"))
 KINDS = {"JSON lines": JSON_LINES, "Parquet": (".parquet",), "text": (".txt", ".text", ".md", ".rst", ".py")}
@@ -47,7 +48,7 @@ def open_files(
     found = _expand(path, patterns)
     for word in (subset, split):
         found = _named(path, found, word) if word else found
-    files = found.files
+    files = _with_content(path, found.files)
     fields = (fields,) if isinstance(fields, str) else fields  # which is a sequence, too
     match _kind_of_all(path, files):
         case "Parquet":
@@ -56,6 +57,20 @@ def open_files(
             return TextFiles(files)
     plain = [x for x in files if isinstance(x, LocalFile) and not x.name.endswith((".gz", ".zst"))]
     return JsonLines(plain) if len(plain) == len(files) else JsonLinesStream(files)
+
+
+def _with_content(path: str, files: Sequence[DataFile]) -> Sequence[DataFile]:
+    """Without files of no bytes, which are told of. Raises DataError if all are so.
+
+    A text file without a byte is no document either. What such a file holds later belongs to another job.
+    """
+    empty = [str(x) for x in files if not x.stamp.size]
+    if len(empty) == len(files):
+        raise DataError(f"{path}: no records in {len(files)} file(s), all empty; give a dataset that is not empty")
+    if empty and prints_messages():
+        listed = ", ".join(empty[:LISTED]) + (", …" if len(empty) > LISTED else "")
+        logger.warning("%s: nothing is read of %d empty file(s): %s", path, len(empty), listed)
+    return [x for x in files if x.stamp.size]
 
 
 def is_local(path: str) -> bool:

@@ -125,9 +125,10 @@ def build_instruction_encoder(
     return InstructionEncoder(tokenizer, template, form, train_on=source.train_on, add_bos=add_bos)
 
 
-def columns_of(*texts: str | None) -> list[str]:
-    """The columns that texts name, each once. Raises ConfigError."""
-    named = (Columns(x, "prompt, answer or system").names for x in texts if x is not None)
+def columns_of(prompt: str | None, answer: str | None, system: str | None) -> list[str]:
+    """The columns that the texts name, each once. Raises ConfigError."""
+    texts = {"prompt": prompt, "answer": answer, "system": system}
+    named = (Columns(text, key).names for key, text in texts.items() if text is not None)
     return list(dict.fromkeys(chain.from_iterable(named)))
 
 

@@ -4,7 +4,8 @@
 there were tables.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from components.config.data import Source
@@ -80,7 +81,11 @@ class Opener:
         return [self.open(table, name_of(table)) for table in tables]
 
     def open(self, source: Source, name: str) -> Opened:
-        """One source."""
+        """One source. Raises ConfigError and DataError, which name it."""
+        with _named(name):
+            return self._open(source, name)
+
+    def _open(self, source: Source, name: str) -> Opened:
         path = source.path
         if path is not None and source.dataset not in datasets and self.finds_tokens(source, path):
             return self.open_tokens(source, path, name)
@@ -217,6 +222,22 @@ class Opener:
                 " choose a flavor with a larger vocabulary, or another model.hf_assets_path"
             )
         return self.tokenizer
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Has errors say which source they are about, where they do not and it has a name."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(*(_told(name, x) for x in error.problems)) from error
+    except DataError as error:
+        raise DataError(_told(name, str(error))) from error
+
+
+def _told(name: str, text: str) -> str:
+    called = f"source {name!r}"
+    return text if not name or called in text else f"{called}: {text}"
 
 
 def split_of(name: str) -> str:

@@ -157,7 +157,7 @@ def test_built_from_a_source() -> None:
     assert fingerprint(kind="squad", train_on="all")["train_on"] == "all"
     encoder = build_instruction_encoder(Source(kind="squad"), tokenizer(), None, add_bos=False)
     assert encoder.encode(SQUAD, where, SEAT).tokens[0] != 0
-    assert columns_of("{b}{{x}}", "{a} {b}", None, "text") == ["b", "a"]
+    assert columns_of("{b}{{x}}", "{a} {b}", None) == ["b", "a"]
 
 
 def test_a_copy_is_the_same() -> None:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -27,6 +28,7 @@ from components.data.parquet import Parquet
 from components.data.registry import datasets, open_dataset, open_path
 from components.data.stdlib import open_stdlib
 from components.runtime.errors import ConfigError, DataError
+from components.runtime.logging import logger
 from tests.components.data.corpus import readers, texts, write_lines
 
 EXTENSIONS = ".jsonl, .jsonl.gz, .jsonl.zst, .json, .json.gz, .json.zst, .parquet, .txt, .text, .md, .rst, .py"
@@ -98,6 +100,8 @@ def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: int) ->
     [
         ("x.csv", b"a,b", "{path}: unknown extension '.csv'; allowed: " + EXTENSIONS),
         ("x.jsonl", b"\n\n", "{path}: no records in 1 file(s); give a dataset that is not empty"),
+        ("x.jsonl", b"", "{path}: no records in 1 file(s), all empty; give a dataset that is not empty"),
+        ("x.txt", b"", "{path}: no records in 1 file(s), all empty; give a dataset that is not empty"),
         ("x.parquet", b"PAR1 no", "{path}: not a Parquet file, or damaged ("),
         ("folder.jsonl", None, "{path}: no data files in this folder; allowed extensions: " + EXTENSIONS),
     ],
@@ -384,3 +388,25 @@ def test_imports_are_light() -> None:
     code = "import sys, components.data.names; print([x for x in sys.modules if x in ('torch', 'numpy')])"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("extension", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt"])
+def test_an_empty_file_among_others_gives_nothing_and_is_told(
+    extension: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logger, "propagate", True)
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    full = tmp_path / f"full{extension}"
+    if extension == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), full)
+    elif extension == ".txt":
+        full.write_text("a")
+    else:
+        write_lines(full, ["a"])
+    alone = open_files(str(full)).fingerprint
+    for name in ("before", "very"):
+        (tmp_path / f"{name}{extension}").touch()
+    assert [x() for x in readers(tmp_path)] == ["a"]
+    assert open_files(str(tmp_path)).fingerprint == alone
+    empty = ", ".join(f"{tmp_path}/{name}{extension}" for name in ("before", "very"))
+    assert caplog.messages[0] == f"{tmp_path}: nothing is read of 2 empty file(s): {empty}"

@@ -145,7 +145,7 @@ def test_packings(tmp_path: Path) -> None:
         [first + [12] * 2, second, first, second + [12] * 2, first + [12] * 2, second],
     ]
     error = refusal(DataError, config(token_file(tmp_path, "b", [12], 10), packing="padded", long_documents="error"))
-    assert error.startswith(f"{tmp_path}/b: document 0: a document of 12 tokens, but a row takes 9")
+    assert error.startswith(f"{tmp_path}/b: document 0: a document of 12 tokens is longer than a row, which takes 9 (")
 
 
 @shows("data.cross_document_labels")
@@ -246,4 +246,23 @@ def test_token_files_are_no_text(tmp_path: Path) -> None:
     assert refusal(ConfigError, config(replaced(source, text_field="body"))) == (
         f"source 'tokens': text_field = 'body': is for text, and {tmp_path}/tokens holds tokens; leave it out, or give"
         " the text"
+    )
+
+
+def test_errors_of_a_source_name_it(tmp_path: Path) -> None:
+    """Whatever finds them: its columns, what makes tokens of its records, its files."""
+    good = documents(tmp_path, "good", "x", [5])
+    other = replaced(documents(tmp_path, "other", "x", [5]), kind="instruction", answer="{b}")
+    broken = replaced(other, prompt="{a", chat_template="no/such.jinja")
+    assert refusal(ConfigError, config(good, broken)) == (
+        "source 'other': prompt = '{a': expected '}' before end of string; columns stand in braces, a brace itself is"
+        " doubled"
+    )
+    template = tmp_path / "bad.jinja"
+    template.write_text("{% for m in messages %}")
+    mended = replaced(other, prompt="{a}", chat_template=str(template))
+    assert refusal(DataError, config(good, mended)).startswith(f"source 'other': {template}: ")
+    (tmp_path / "other.jsonl").write_bytes(b"")
+    assert refusal(DataError, config(good, replaced(good, path=f"{tmp_path}/other.jsonl"))) == (
+        f"source 'other': {tmp_path}/other.jsonl: no records in 1 file(s), all empty; give a dataset that is not empty"
     )
