@@ -64,11 +64,11 @@ def surroundings() -> dict[str, str]:
     return {**meeting_point(), "ESPALIER_DEVICE": "cpu"}
 
 
-def in_turn(jobs: list[list[str]], environ: dict[str, str]) -> list[Outcome]:
-    """Run jobs one after the other in this process."""
+def in_turn(jobs: list[tuple[list[str], dict[str, str]]]) -> list[Outcome]:
+    """Run jobs one after the other in this process, each with its environment."""
     gc.freeze()
     gc.unfreeze = lambda: None  # else each job looks through all of torch for garbage, for two thirds of its time
-    return [call(argv, environ) for argv in jobs]
+    return [call(argv, environ) for argv, environ in jobs]
 
 
 def run_jobs(folder: Path, jobs: Mapping[str, tuple[str, ...]], ranks: int = 1, **environ: str) -> dict[str, Done]:
@@ -80,5 +80,7 @@ def run_jobs(folder: Path, jobs: Mapping[str, tuple[str, ...]], ranks: int = 1, 
         [*SMALL, f"--job.dump_folder={folder}/{name}", *(argument.replace("{folder}", str(folder)) for argument in job)]
         for name, job in jobs.items()
     ]
-    outcomes, *_ = run_ranks(ranks, in_turn, argvs, surroundings() | environ, backend=None, timeout=300)
+    # A port for each job: ranks that meet again at the same one may meet the store of the job before.
+    jobs_in_turn = [(argv, surroundings() | environ) for argv in argvs]
+    outcomes, *_ = run_ranks(ranks, in_turn, jobs_in_turn, backend=None, timeout=300)
     return {name: Done(outcome, folder / name) for name, outcome in zip(jobs, outcomes, strict=True)}
