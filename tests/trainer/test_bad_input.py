@@ -58,7 +58,7 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "an empty file": (
         ("--training.dataset_path=empty.jsonl",),
-        "empty.jsonl: no records in 1 file(s); give a dataset that is not empty",
+        "empty.jsonl: no records in 1 file(s), all empty; give a dataset that is not empty",
     ),
     "an empty folder": (
         ("--training.dataset_path=folder",),

@@ -395,7 +395,7 @@ def test_an_empty_file_among_others_gives_nothing_and_is_told(
     extension: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(logger, "propagate", True)
-    monkeypatch.setattr(logger, "level", logging.INFO)
+    caplog.set_level(logging.INFO, logger.name)
     full = tmp_path / f"full{extension}"
     if extension == ".parquet":
         pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), full)
