@@ -65,6 +65,10 @@ def test_wrong_input_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.
         run(tmp_path, "--input", file, "--workers", "-1")
     assert caught.value.code == 2
     assert "argument --workers: '-1' is no number from 0 on" in capsys.readouterr().err
+    assert run(tmp_path, "--input", file, "--workers", "99999999999") == 2
+    assert capsys.readouterr().err == (
+        "error: --workers 99999999999: allowed are 0 to 1024; more than cores gain nothing\n"
+    )
 
 
 def test_no_workers_are_this_process_and_none_at_all_over_ray(

@@ -21,10 +21,11 @@ from components.data.preprocess.output import Output, Progress
 from components.data.preprocess.pool import Pool
 from components.data.token_index import token_dtype
 from components.data.tokenizer import Tokenizer, load_tokenizer
-from components.runtime.errors import DataError, EspalierError
+from components.runtime.errors import ConfigError, DataError, EspalierError
 
 DTYPES = ("uint8", "int8", "int16", "uint16", "int32", "int64")
 CHUNK_BYTES = 1 << 20
+MOST_WORKERS = 1024
 Encode = Callable[[Iterable[Chunk]], Iterable[EncodedChunk]]
 """Encodes chunks, and gives them back in their order."""
 Show = Callable[[int, Progress], None]
@@ -208,12 +209,14 @@ def preprocess(
     """Run a job on this machine, or go on with it where it was stopped; its report.
 
     Args:
-        workers: Processes that encode; 0: this one does, one chunk after the other.
+        workers: Threads that encode, in processes of their own; 0: this one does, one chunk after the other.
         stop: Asked several times a second whether to stop.
         show: Given the job and where it begins: what is told of its progress.
 
-    Raises Stopped, WorkerDied, DataError.
+    Raises Stopped, WorkerDied, DataError; ConfigError for more workers than any machine has cores.
     """
+    if workers > MOST_WORKERS:
+        raise ConfigError(f"--workers {workers}: allowed are 0 to {MOST_WORKERS}; more than cores gain nothing")
     job = Job(options)
     with closing(job.open()) as output:
         if not output.finishing:
