@@ -56,7 +56,9 @@ def test_its_numbers_do_not_depend_on_the_number_of_ranks(tmp_path: Path) -> Non
     for reference, second, fourth in zip(one, two, four, strict=True):
         for other in (second, fourth):
             assert facts(other) == pytest.approx(facts(reference), rel=1e-5)
-            assert other["tokens"] == reference["tokens"] == 1024 * reference["step"]
+            assert other["tokens"] == reference["tokens"]
+    missing = [1024 * record["step"] - record["tokens"] for record in one]
+    assert missing == [0, 1, 1, 1, 2, 2, 2, 2, 3, 3]  # nothing predicts the first token of a document
 
 
 @pytest.mark.slow
