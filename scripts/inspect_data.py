@@ -20,6 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs as a script, from any folder
 
+from components.runtime.errors import UserError
 from trainer.command import report_errors
 
 
@@ -28,6 +29,8 @@ def inspect(args: argparse.Namespace, job: list[str]) -> int:
     from components.data.inspecting.page import page
     from trainer.inspecting import open_data, survey
 
+    if args.html is not None:
+        require_writable(args.html)
     data = open_data(job, os.environ, validation=args.validation, checkpoint=args.checkpoint)
     if args.start_step is not None and data.rows:
         data.rows.go_to(args.start_step)
@@ -35,7 +38,7 @@ def inspect(args: argparse.Namespace, job: list[str]) -> int:
     shares = data.rows.shares if data.rows else {}
     pairs = [pair for source in data.pairs for pair in islice(source, args.rows)]
     if args.html is not None:
-        args.html.write_text(page(data.name, shown, sums, shares, data.tokenizer, pairs), encoding="utf-8")
+        write(args.html, page(data.name, shown, sums, shares, data.tokenizer, pairs))
     if args.json:
         plain = {"rows": [view.plain() for view in shown], "survey": sums.plain() if sums else None}
         print(json.dumps(plain | {"pairs": [pair.plain() for pair in pairs]}, ensure_ascii=False))
@@ -46,6 +49,24 @@ def inspect(args: argparse.Namespace, job: list[str]) -> int:
         terminal.show(terminal.everything(data.name, shown, sums, shares, data.tokenizer, row), args.color)
         terminal.show_pairs(pairs, data.tokenizer, args.color)
     return 0
+
+
+def require_writable(file: Path) -> None:
+    """Raises UserError if a page cannot be written there: told before the rows are made, which may take long. What is
+    there is kept."""
+    write(file, "", "a")
+    if file.is_file() and not file.stat().st_size:
+        file.unlink()  # nothing is lost, and no empty page is left if the rows cannot be made
+
+
+def write(file: Path, text: str, mode: str = "w") -> None:
+    """Write the page. Raises UserError."""
+    try:
+        with file.open(mode, encoding="utf-8") as place:
+            place.write(text)
+    except OSError as error:
+        why = f"cannot be written: {error.strerror}; give a file in a folder that is there"
+        raise UserError(f"--html {file}: {why}") from error
 
 
 def number(text: str) -> int:

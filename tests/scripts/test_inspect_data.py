@@ -188,6 +188,24 @@ def test_a_page(job: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     assert text.startswith("<!DOCTYPE html>\n")
 
 
+def test_a_page_that_cannot_be_written(job: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """It is told before any row is made, of which this corpus has none; a page that is there is kept."""
+    job.with_name("words.jsonl").write_text("no JSON\n")
+    mend = "; give a file in a folder that is there"
+    for place, why in (
+        (tmp_path / "none/x.html", "No such file or directory"),
+        (tmp_path, "Is a directory"),
+        (job / "x.html", "Not a directory"),
+    ):
+        assert refused(capsys, job, "--html", place) == f"error: --html {place}: cannot be written: {why}{mend}\n"
+    for file in (tmp_path / "old.html", tmp_path / "new.html"):
+        if file.name == "old.html":
+            file.write_text("a page")
+        assert refused(capsys, job, "--html", file).startswith(f"error: {job.with_name('words.jsonl')}:1:1: ")
+    assert (tmp_path / "old.html").read_text() == "a page"
+    assert not (tmp_path / "new.html").exists()
+
+
 def test_a_line_for_each_token(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = shown(capsys, job, "--tokens", "--rows=1", "--stats-rows=0").splitlines()
     assert lines[2:7] == [
