@@ -30,8 +30,10 @@ from components.data.tokenizer import Tokenizer
 from components.runtime.errors import ConfigError, DataError
 
 USUAL = Source()
-OF_TEXT = ("fim_rate", "fim_spm_rate", "fim_tokens", "text_field")
+OF_TEXT = ("fim_rate", "fim_spm_rate", "fim_tokens", "text_field", "subset")
 """Keys of a source that do nothing where it turns out to be token files."""
+OF_DOCUMENTS = ("kind", "fim_rate", "fim_spm_rate", "fim_tokens", "text_field")
+"""Keys of a source that do nothing where its dataset turns out to make whole rows."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ class Opener:
             raise ConfigError(f'source {name!r}: kind = "{source.kind}": {path} holds tokens; leave kind out')
         documents = self.documents(source)
         if isinstance(documents, RowIndex):
+            self.check_rows(source, name)
             return Opened(name, documents, None, source.weight, source.epochs)
         if source.split is not None and is_shares(source.split):
             documents = self.share(documents, source.split, name)
@@ -118,6 +121,24 @@ class Opener:
         sequences = self.job.data.order == "megatron"
         part = take_tokens(files, source.split, self.part, split_of(name), sequences=sequences)
         return Opened(name, part, TokensEncoder(self.vocab_size), source.weight, source.epochs, part)
+
+    def check_rows(self, source: Source, name: str) -> None:
+        """Raises ConfigError for a key that does nothing to rows which a dataset makes itself."""
+        what = f"source {name!r}" if name else f"dataset {source.dataset!r}"
+        wrong = [key for key in OF_DOCUMENTS if getattr(source, key) != getattr(USUAL, key)]
+        if source.split is not None and is_shares(source.split):
+            wrong.append("split")
+        if wrong:
+            raise ConfigError(
+                f"{what}: {wrong[0]} = {getattr(source, wrong[0])!r}: is for documents, and its dataset makes whole"
+                " rows; leave it out"
+            )
+        packing = self.job.data.packing
+        if packing != "concat" and not self.validation:
+            raise ConfigError(
+                f'{what}: data.packing = "{packing}": its dataset makes whole rows, which are not packed; set it to'
+                ' "concat"'
+            )
 
     def documents(self, source: Source) -> RandomAccess | Sequential | RowIndex:
         """Those of a registered dataset, or those at a path."""

@@ -200,6 +200,26 @@ def test_datasets_that_make_rows_stand_alone(tmp_path: Path) -> None:
     assert next(iter(loader(alone))).batch.tokens.shape == (2, 8)
 
 
+@pytest.mark.parametrize("keys", [{"kind": "text"}, {"fim_rate": 0.5}, {"text_field": "body"}, {"split": "9,1"}])
+def test_datasets_that_make_rows_take_no_keys_of_documents(keys: dict[str, Any]) -> None:
+    ((key, value),) = keys.items()
+    assert refusal(ConfigError, config(Source(dataset="synthetic", **keys))) == (
+        f"source 'synthetic': {key} = {value!r}: is for documents, and its dataset makes whole rows; leave it out"
+    )
+
+
+def test_rows_that_a_dataset_makes_are_not_packed() -> None:
+    why = 'its dataset makes whole rows, which are not packed; set it to "concat"'
+    rows = Source(dataset="synthetic")
+    assert refusal(ConfigError, config(rows, packing="padded")) == (
+        f"source 'synthetic': data.packing = \"padded\": {why}"
+    )
+    short = job(training={"dataset": "synthetic"}, data={"packing": "best_fit"})
+    assert refusal(ConfigError, short) == f"dataset 'synthetic': data.packing = \"best_fit\": {why}"
+    held_out = job(validation={"sources": [rows], "seq_len": 8, "steps": 1}, data={"packing": "best_fit"})
+    assert next(iter(loader(held_out, validation=True))).batch.tokens.shape[1] == 8  # packing is for training
+
+
 def test_a_chat_needs_a_template(tmp_path: Path) -> None:
     path = tmp_path / "chat.jsonl"
     path.write_text(json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}))
@@ -246,6 +266,10 @@ def test_token_files_are_no_text(tmp_path: Path) -> None:
     assert refusal(ConfigError, config(replaced(source, text_field="body"))) == (
         f"source 'tokens': text_field = 'body': is for text, and {tmp_path}/tokens holds tokens; leave it out, or give"
         " the text"
+    )
+    assert refusal(ConfigError, config(replaced(source, subset="en"))) == (
+        f"source 'tokens': subset = 'en': is for text, and {tmp_path}/tokens holds tokens; leave it out, or give the"
+        " text"
     )
 
 
