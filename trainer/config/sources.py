@@ -85,7 +85,7 @@ def _tables(job: JobConfig, key: str, sources: list[Source]) -> Iterator[str]:
 def _table(job: JobConfig, source: Source) -> Iterator[str]:
     """Problems of one table; each line goes on from its key."""
     if source.dataset is None and source.path is None:
-        yield ": says neither where its documents are: set path, or dataset to a registered name"
+        yield ": does not say where its documents are: set path, or dataset to a registered name"
     elif source.path is None and source.dataset not in DATASETS and not job.experimental.custom_import:
         known = f"must be one of {', '.join(DATASETS)} (or give path){did_you_mean(source.dataset or '', DATASETS)}"
         yield f".dataset = {toml_literal(source.dataset)}: {known}"

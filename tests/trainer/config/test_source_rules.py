@@ -18,7 +18,7 @@ def problems(toml: str, tmp_path: Path, *arguments: str) -> list[str]:
 @pytest.mark.parametrize(
     ("line", "table", "said"),
     [
-        (1, "weight = 2", ": says neither where its documents are: set path, or dataset to a registered name"),
+        (1, "weight = 2", ": does not say where its documents are: set path, or dataset to a registered name"),
         (
             2,
             'dataset = "c4_tst"',
@@ -88,7 +88,7 @@ def test_each_problem_names_the_line_of_its_key_or_table(tmp_path: Path) -> None
     )
     place, nowhere = (
         f"{tmp_path}/job.toml",
-        "says neither where its documents are: set path, or dataset to a registered",
+        "does not say where its documents are: set path, or dataset to a registered",
     )
     prompt = 'data.sources[3].prompt = "{q}": only sources of kind "instruction" read it, and this is "auto"'
     assert problems(toml, tmp_path) == [
