@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from components.config.types import AllOrPositive, Fraction, Positive, PositiveInt
+from components.config.types import AllOrPositive, Fraction, NonEmpty, Positive, PositiveInt
 
 Kind = Literal["auto", "text", "tokens", "chat", "instruction", "squad", "hellaswag", "preference"]
 
@@ -16,18 +16,18 @@ class Source:
     """How reports and messages call it; each name once. Empty: the dataset's name, or the last part of the path."""
     dataset: str | None = None
     """Registered name of the dataset, as in `training.dataset`; needs no `path`."""
-    path: str | None = None
+    path: NonEmpty | None = None
     """File, folder, glob or URL; the prefix of an indexed token file; or a Hugging Face dataset."""
     kind: Kind = "auto"
     """What a record is. `auto`: token ids where the files hold such, else text."""
     weight: Positive = 1.0
-    """Share in the mixture, relative to the other sources'. Validation reads everything and ignores it."""
+    """Share in the mixture, relative to the other sources'. Not in validation, which reads every set."""
     epochs: PositiveInt | None = None
     """Passes over the documents after which the source leaves the mixture. None: `data.on_end` decides."""
-    split: str | None = None
+    split: NonEmpty | None = None
     """Name of a Hugging Face split; or shares such as "98,1,1" of the documents in file order, of which training reads
     the first and validation the second."""
-    subset: str | None = None
+    subset: NonEmpty | None = None
     """Subset (configuration) of a Hugging Face dataset."""
     text_field: str | None = None
     """Field or column of a text record; None: `data.text_field`."""

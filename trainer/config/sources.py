@@ -43,6 +43,9 @@ def check_sources(job: JobConfig) -> Iterator[str]:
             if source.epochs is not None:
                 why = "validation reads its documents once; leave it out"
                 yield f"validation.sources[{i}].epochs = {source.epochs}: {why}"
+            if source.weight != USUAL.weight:
+                why = "validation reads every set, whatever its share; leave it out"
+                yield f"validation.sources[{i}].weight = {source.weight}: {why}"
         yield from _pairs("validation.sources", job.validation.sources, "judge by", "take")
     yield from _pairs("data.sources", job.data.sources, "train on them with", "train on")
     yield from _replaced(job)
@@ -99,13 +102,23 @@ def _table(job: JobConfig, source: Source) -> Iterator[str]:
         for key in ("prompt", "answer"):
             if getattr(source, key) is None:
                 yield f'.{key}: is missing: say what it is made of, with columns in braces, such as "{{question}}"'
-    if source.fim_tokens and len(source.fim_tokens) != 3:
-        yield f".fim_tokens = {toml_literal(source.fim_tokens)}: must be the tokens before prefix, suffix and middle"
+    yield from _fim(source)
     if source.split is not None and is_shares(source.split):
         try:
             parse_shares(source.split, ".split")
         except ConfigError as error:
             yield str(error)
+
+
+def _fim(source: Source) -> Iterator[str]:
+    if not source.fim_rate and source.kind in KINDS_OF_KEYS["fim_rate"]:
+        for key in ("fim_spm_rate", "fim_tokens"):
+            value = getattr(source, key)
+            if value != getattr(USUAL, key):
+                why = "does nothing while fim_rate is 0; set fim_rate, or leave it out"
+                yield f".{key} = {toml_literal(value)}: {why}"
+    if source.fim_tokens and len(source.fim_tokens) != 3:
+        yield f".fim_tokens = {toml_literal(source.fim_tokens)}: must be the tokens before prefix, suffix and middle"
 
 
 def _order(job: JobConfig) -> Iterator[str]:

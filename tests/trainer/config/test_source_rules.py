@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from components.runtime.errors import ConfigError
 from trainer.config.load import load_job
 from trainer.config.validate import located, validate
 
@@ -41,9 +42,19 @@ def problems(toml: str, tmp_path: Path, *arguments: str) -> list[str]:
             '.answer: is missing: say what it is made of, with columns in braces, such as "{question}"',
         ),
         (
-            3,
-            'path = "x.jsonl"\nfim_tokens = ["a", "b"]',
+            4,
+            'path = "x.jsonl"\nfim_rate = 0.5\nfim_tokens = ["a", "b"]',
             '.fim_tokens = ["a", "b"]: must be the tokens before prefix, suffix and middle',
+        ),
+        (
+            3,
+            'path = "x.jsonl"\nfim_tokens = ["a", "b", "c"]',
+            '.fim_tokens = ["a", "b", "c"]: does nothing while fim_rate is 0; set fim_rate, or leave it out',
+        ),
+        (
+            3,
+            'path = "x.jsonl"\nfim_spm_rate = 0.25',
+            ".fim_spm_rate = 0.25: does nothing while fim_rate is 0; set fim_rate, or leave it out",
         ),
         (
             3,
@@ -107,6 +118,20 @@ def test_validation_is_judged_where_it_is_enabled(tmp_path: Path) -> None:
     assert problems(toml, tmp_path) == []
     said = "validation.sources[0].epochs = 2: validation reads its documents once; leave it out"
     assert problems(toml, tmp_path, "--validation.enable") == [f"{tmp_path}/job.toml:3: {said}"]
+    toml = toml.replace("epochs = 2", "weight = 3")
+    assert problems(toml, tmp_path) == []
+    said = "validation.sources[0].weight = 3.0: validation reads every set, whatever its share; leave it out"
+    assert problems(toml, tmp_path, "--validation.enable") == [f"{tmp_path}/job.toml:3: {said}"]
+
+
+@pytest.mark.parametrize("key", ["path", "split", "subset"])
+def test_an_empty_string_says_nothing(key: str, tmp_path: Path) -> None:
+    file = tmp_path / "job.toml"
+    file.write_text(f'[[data.sources]]\ndataset = "c4_test"\n{key} = ""\n')
+    with pytest.raises(ConfigError) as error:
+        load_job([f"--job.config_file={file}"], {})
+    said = f'data.sources[0].{key} = "": must be a string of at least 1 character or none'
+    assert error.value.problems == (f"{file}:3: {said}",)
 
 
 def test_megatron_order_is_of_token_files_alone(tmp_path: Path) -> None:
