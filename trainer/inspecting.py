@@ -68,6 +68,8 @@ class Rows:
     """Steps before the loader's position."""
     table: list[list[int]] = field(default_factory=list)
     """Cursors after the last step that has been read."""
+    read: Mapping[str, int] | None = None
+    """What of each source stood in the rows that have been passed over, if these were read."""
 
     def __iter__(self) -> Iterator[RowView]:
         """All rows of each step, in order. Raises DataError."""
@@ -79,9 +81,15 @@ class Rows:
             told.clear()
             yield from views(rows.batch, step, origins)
 
-    def served(self) -> dict[str, int]:
-        """Tokens or documents of each source, from the job's first step to the last that has been read."""
-        found = self.loader.mixture(self.table) if self.table else {}
+    def had(self) -> Mapping[str, int]:
+        """Tokens or documents of each source, from the job's first step to before the rows that come next.
+
+        Cursors of streamed rows know of documents alone, or windows of them, that are done; so rows that are read on
+        the way are counted instead.
+        """
+        if self.read is not None:
+            return self.read
+        found = self.loader.mixture(self.loader.state_dict([])["table"])
         return {name or self.only: number for name, number in found.items()}
 
     def _named(self, origin: Origin) -> Origin:
@@ -105,12 +113,13 @@ class Rows:
         self.done = step - 1
 
     def _read_on(self, step: int, skip: int) -> None:
-        table, passed = None, 0
-        for rows in islice(self.loader, skip):
-            table, passed = rows.cursors, passed + 1
-        if table is None or passed < skip:
+        sums = Survey(self.unit, before=self.had())
+        for view in islice(self, skip * self.loader.global_batch):
+            sums.add(view)
+        if (passed := sums.rows // self.loader.global_batch) < skip:
             raise DataError(f"--start-step {step}: the data end after step {self.done + passed}")
-        self.loader.load_state(self.loader.state_dict(table.tolist()))
+        self.read = sums.served
+        self.loader.load_state(self.loader.state_dict(self.table))
 
 
 def _with_padding(told: Sequence[list[Origin] | None], batch: Batch) -> list[list[Origin] | None]:
@@ -240,11 +249,10 @@ def read_position(folder: str) -> Position:
 def survey(rows: Rows, shown: int, counted: int) -> tuple[list[RowView], Survey | None]:
     """The first `shown` rows, and the sums over the first `counted`; None without any."""
     kept: list[RowView] = []
-    sums = Survey(rows.unit)
+    sums = Survey(rows.unit, before=rows.had())
     for number, view in zip(range(max(shown, counted)), rows, strict=False):
         if number < shown:
             kept.append(view)
         if number < counted:
             sums.add(view)
-    sums.served = rows.served()
     return kept, sums if sums.rows else None

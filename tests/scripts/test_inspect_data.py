@@ -180,6 +180,34 @@ def test_a_validation_set(job: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert every["survey"]["sources"]["held out"]["documents"] == 4  # once, and then the data end
 
 
+@pytest.mark.parametrize("packing", ["concat", "best_fit", "padded"])
+def test_what_the_job_has_had_is_what_the_rows_hold(
+    job: Path, capsys: pytest.CaptureFixture[str], packing: str
+) -> None:
+    """From step 1 on, though a cursor knows only of documents, or of windows of them, that are done."""
+    for arguments in ((), ("--validation",)):
+        found = json.loads(shown(capsys, job, *arguments, f"--data.packing={packing}", "--stats-rows=3", "--json"))
+        (tokens,) = (x["tokens"] for x in found["survey"]["sources"].values())
+        assert [*found["survey"]["served"].values()] == [tokens]
+        assert tokens == 24 - found["survey"]["padding"]
+
+
+def test_what_the_job_has_had_before_the_rows(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for packing in ("concat", "best_fit"):
+        arguments = (job, f"--data.packing={packing}", "--training.seq_len=17")
+        whole = json.loads(shown(capsys, *arguments, "--stats-rows=8", "--json"))["survey"]
+        for unit, wanted in (("tokens", whole["served"]), ("documents", {"words": documents(whole)})):
+            keys = (f"--data.unit={unit}", "--start-step=4", "--stats-rows=2", "--json")
+            last = json.loads(shown(capsys, *arguments, *keys))["survey"]
+            assert last["sources"]["words"]["tokens"] < 40
+            assert last["served"] == wanted
+
+
+def documents(survey: dict[str, Any]) -> int:
+    """That begin in the rows."""
+    return survey["sources"]["words"]["documents"]
+
+
 def test_a_page(job: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     page = tmp_path / "rows.html"
     assert shown(capsys, job, "--html", page, "--rows=6") == ""

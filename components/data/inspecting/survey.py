@@ -37,8 +37,8 @@ class Survey:
     """Pieces of documents, one for each row that holds some of it."""
     sources: dict[str, Tally] = field(default_factory=dict)
     """Empty where the row source does not say where its documents come from."""
-    served: Mapping[str, int] = field(default_factory=dict)
-    """Tokens or documents of each source that the job has had since its first step, where the row source knows."""
+    before: Mapping[str, int] = field(default_factory=dict)
+    """Tokens or documents of each source that the job has had before these rows, where the row source knows."""
     whole: bool = True
     """Whether `lengths` are of whole documents, each counted where it begins; else they are of pieces."""
     lengths: Counter[int] = field(default_factory=Counter)
@@ -58,6 +58,11 @@ class Survey:
                 tally.tokens += len(piece)
                 tally.documents += piece.origin.offset == 0
                 tally.trained += int((view.labels[piece.start : piece.stop] != IGNORE).sum())
+
+    @property
+    def served(self) -> dict[str, int]:
+        """Tokens or documents of each source that the job has had since its first step."""
+        return {name: had + getattr(self.sources.get(name, Tally()), self.unit) for name, had in self.before.items()}
 
     def _measure(self, piece: Piece) -> None:
         self.whole = self.whole and piece.origin is not None
@@ -81,11 +86,12 @@ class Survey:
         total = sum(getattr(tally, self.unit) for tally in self.sources.values())
         head = ("source", "tokens", "documents", "trained", f"share of {self.unit}", "wanted", "since the start")
         rows: list[tuple[str, ...]] = [head]
+        had = self.served
         for name in sorted({*self.sources, *shares}):
             tally = self.sources.get(name, Tally())
             wanted = f"{shares[name]:.1%}" if name in shares else "n/a"
             trained, share = percent(tally.trained, tally.tokens), percent(getattr(tally, self.unit), total)
-            served = f"{self.served[name]:,}" if name in self.served else "n/a"
+            served = f"{had[name]:,}" if name in had else "n/a"
             rows.append((name, f"{tally.tokens:,}", f"{tally.documents:,}", trained, share, wanted, served))
         return rows
 
@@ -98,7 +104,7 @@ class Survey:
             "padding": self.padding,
             "trained": self.trained,
             "documents": self.documents,
-            "served": dict(self.served),
+            "served": self.served,
             "sources": {name: vars(tally) for name, tally in sorted(self.sources.items())},
             "lengths_of": "documents" if self.whole else "pieces",
             "lengths": histogram,

@@ -191,7 +191,7 @@ def test_sums() -> None:
     first = view(["x y", "x y z"], 10, origins=[origin("web", "w:1", 0, 4), origin("web", "w:2", 0, 5)])
     second = view(["x y", "z"], 10, origins=[origin("code", "c:1", 8, 12), origin("web", "w:3", 0, 3)])
     sums = survey(first, second)
-    sums.served = {"web": 1012, "rare": 0}
+    sums.before = {"web": 1000, "rare": 0}
     assert plain(survey_text(sums, {"web": 0.75, "code": 0.2, "rare": 0.05})) == SUMS
     assert sums.plain() == {
         "rows": 2,
