@@ -18,7 +18,7 @@ from components.data.encoding import Encoder, TextEncoder, TokensEncoder
 from components.data.fim import FimEncoder, find_marks
 from components.data.indexed import RowIndex
 from components.data.instruction import build_instruction_encoder, columns_of
-from components.data.names import name_of
+from components.data.names import DATASETS, name_of
 from components.data.registry import datasets, open_dataset, open_path
 from components.data.shares import is_shares
 from components.data.splits import take_share, take_tokens
@@ -88,10 +88,10 @@ class Opener:
             return self._open(source, name)
 
     def _open(self, source: Source, name: str) -> Opened:
-        path = source.path
-        if path is not None and source.dataset not in datasets and self.finds_tokens(source, path):
+        path = source.path if _gives_way(source.dataset) else None
+        if path is not None and self.finds_tokens(source, path):
             return self.open_tokens(source, path, name)
-        if path is not None and source.kind != "tokens" and source.dataset not in datasets and is_tokens(path):
+        if path is not None and source.kind != "tokens" and is_tokens(path):
             raise ConfigError(f'source {name!r}: kind = "{source.kind}": {path} holds tokens; leave kind out')
         documents = self.documents(source)
         if isinstance(documents, RowIndex):
@@ -243,6 +243,11 @@ class Opener:
                 " choose a flavor with a larger vocabulary, or another model.hf_assets_path"
             )
         return self.tokenizer
+
+
+def _gives_way(dataset: str | None) -> bool:
+    """Whether a path takes the place of the dataset: one that a module registers does with a path what it likes."""
+    return dataset not in datasets or (dataset in DATASETS and dataset != "synthetic")
 
 
 @contextmanager

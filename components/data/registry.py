@@ -84,11 +84,13 @@ def local_dataset(path: str) -> OpenDataset:
 
 
 def stdlib_dataset(split: str) -> OpenDataset:
-    """An entry for the standard library; `dataset_path` may name another Python's."""
+    """An entry for the standard library, or for what `dataset_path` names instead."""
 
-    def open_it(request: DatasetRequest) -> RandomAccess:
+    def open_it(request: DatasetRequest) -> RandomAccess | Sequential:
+        if request.path is not None:
+            return open_path(request.path, request)
         _without_splits("of the standard library has names of its own for its splits", request)
-        return open_stdlib(split, Path(request.path) if request.path else None)
+        return open_stdlib(split)
 
     return open_it
 

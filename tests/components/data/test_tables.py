@@ -1,5 +1,6 @@
 """Tables of sources, and what `[data]` makes of their documents: from a job's sections to its rows."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from itertools import islice
@@ -271,6 +272,17 @@ def test_token_files_are_no_text(tmp_path: Path) -> None:
         f"source 'tokens': subset = 'en': is for text, and {tmp_path}/tokens holds tokens; leave it out, or give the"
         " text"
     )
+
+
+@pytest.mark.parametrize("dataset", ["pystdlib", "pystdlib_validation", "c4_test", "c4"])
+def test_a_path_takes_the_place_of_a_built_in_dataset(dataset: str, tmp_path: Path) -> None:
+    """Text and tokens, in both forms."""
+    for there in (documents(tmp_path, "text", "x", [5, 3]), token_file(tmp_path, "tokens", [5, 4], 10)):
+        found = rows_of(config(there), 2)
+        assert rows_of(config(replaced(there, dataset=dataset)), 2) == found
+        short = config()
+        training = dataclasses.replace(short.training, dataset=dataset, dataset_path=there.path)
+        assert rows_of(dataclasses.replace(short, training=training), 2) == found
 
 
 def test_errors_of_a_source_name_it(tmp_path: Path) -> None:
