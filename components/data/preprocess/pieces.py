@@ -1,16 +1,19 @@
 """Token files made of token files: several joined, one divided. Neither reads a text, nor more than a piece at once."""
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from components.data.remote import local_path
 from components.data.shares import share_bounds
 from components.data.token_bytes import TokenBytes
 from components.data.token_index import Index, open_index
 from components.data.token_writer import IndexedWriter
 from components.runtime.errors import DataError
+from components.runtime.logging import logger
 
 BYTES, DOCUMENTS = 1 << 24, 1 << 16  # that are copied at once, at most, but for one longer document
 
@@ -48,14 +51,58 @@ def split_shares(prefix: str, output: str, shares: str, names: Sequence[str], ov
 
 
 def split_documents(prefix: str, output: str, count: int, overwrite: bool = False) -> list[Made]:
-    """Divide into pieces of `count` documents, the last maybe fewer: OUTPUT_00000 and on. Raises DataError."""
+    """Divide into pieces of `count` documents, the last maybe fewer: OUTPUT_00000 and on.
+
+    Whoever reads the pieces finds them by a glob. So those of an earlier split that would follow the last new one are
+    an error, or with `overwrite` removed once the new ones are written. Raises DataError.
+    """
     if count < 1:
         raise DataError(f"--documents {count}: give a number from 1 on")
     index, tokens = open_index(stem(prefix))
     total = index.header.documents
     starts = range(0, total, count)
     targets = [(f"{output}_{i:05d}", start, min(start + count, total)) for i, start in enumerate(starts)]
-    return _divide(index, tokens, targets, overwrite)
+    earlier = _pieces_from(output, len(targets))
+    if earlier and not overwrite:
+        raise DataError(
+            f"{earlier[0]}.bin: is of an earlier split and would follow the last new piece; choose another --output, or"
+            " have such pieces removed with --overwrite"
+        )
+    _require_none_is(prefix, [*(x for x, _, _ in targets), *earlier], output)
+    made = _divide(index, tokens, targets, overwrite)
+    _remove(earlier)
+    return made
+
+
+def _pieces_from(output: str, number: int) -> list[str]:
+    """Prefixes of the whole pairs OUTPUT_NNNNN that are there, from a number on."""
+    folder, name = os.path.split(local_path(output))
+    pattern = re.compile(re.escape(name) + r"(_([0-9]{5}))\.idx")
+    found = sorted(os.listdir(folder or ".")) if os.path.isdir(folder or ".") else []
+    ends = [match[1] for x in found if (match := pattern.fullmatch(x)) and int(match[2]) >= number]
+    return [f"{output}{end}" for end in ends if os.path.isfile(f"{local_path(output)}{end}.bin")]
+
+
+def _require_none_is(prefix: str, pieces: Sequence[str], output: str) -> None:
+    """Raises DataError if one of the pieces is what they are made of."""
+    source = local_path(stem(prefix)) + ".bin"
+    for piece in pieces:
+        file = local_path(piece) + ".bin"
+        if os.path.exists(file) and os.path.exists(source) and os.path.samefile(file, source):
+            what = f"{piece} is what shall be divided, and would be replaced or removed; choose another --output"
+            raise DataError(f"--output {output}: {what}")
+
+
+def _remove(prefixes: Sequence[str]) -> None:
+    """Remove pairs, the index first: there is never one without its tokens. Raises DataError."""
+    for prefix in prefixes:
+        try:
+            for suffix in (".idx", ".bin"):
+                os.remove(local_path(prefix) + suffix)
+        except OSError as error:
+            why = "a piece of an earlier split, which would follow the new ones; remove it yourself"
+            raise DataError(f"{error.filename}: cannot be removed ({error.strerror}): {why}") from error
+        logger.warning("%s: removed, a piece of an earlier split that would follow the new ones", prefix)
 
 
 def stem(path: str) -> str:

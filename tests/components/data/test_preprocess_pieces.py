@@ -58,6 +58,45 @@ def test_pieces_of_so_many_documents(limit: int, tmp_path: Path, monkeypatch: py
     assert written(tmp_path / "again") == written(whole)
 
 
+def test_no_piece_of_an_earlier_split_stays_beside_the_new_ones(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A folder or a glob of the pieces would read its documents twice. Only what a split may have written goes."""
+    whole, output = made(tmp_path, "a", 0, 50), str(tmp_path / "pieces/x")
+    assert len(split_documents(whole, output, 10)) == 5
+    others = ["x_00004.bin.bak", "x_00007.bin", "x_000005.bin", "x_000005.idx", "y_00004.bin", "y_00004.idx", "x_a.idx"]
+    for name in others:
+        (tmp_path / "pieces" / name).write_text(name)
+    new = [f"x_{i:05d}{suffix}" for i in range(3) for suffix in (".bin", ".idx")]
+    for name in new:
+        (tmp_path / "pieces" / name).unlink()
+    with pytest.raises(DataError) as caught:
+        split_documents(whole, output, 20)
+    assert str(caught.value) == (
+        f"{output}_00003.bin: is of an earlier split and would follow the last new piece; choose another --output, or"
+        " have such pieces removed with --overwrite"
+    )
+    assert len(list((tmp_path / "pieces").glob("x_0000?.bin"))) == 3
+    results = split_documents(whole, output, 20, overwrite=True)
+    assert [x.documents for x in results] == [20, 20, 10]
+    assert sorted(x.name for x in (tmp_path / "pieces").iterdir()) == sorted(new + others)
+    assert [x.getMessage() for x in caplog.records] == [
+        f"{output}_{i}: removed, a piece of an earlier split that would follow the new ones" for i in ("00003", "00004")
+    ]
+
+
+def test_a_piece_that_is_divided_itself_is_not_removed(tmp_path: Path) -> None:
+    whole, output = made(tmp_path, "a", 0, 50), str(tmp_path / "x")
+    last = split_documents(whole, output, 10)[-1].prefix
+    before = written(last)
+    with pytest.raises(DataError) as caught:
+        split_documents(f"{last}.idx", output, 5, overwrite=True)
+    assert str(caught.value) == (
+        f"--output {output}: {last} is what shall be divided, and would be replaced or removed; choose another --output"
+    )
+    assert written(last) == before
+
+
 def test_shares_are_those_that_the_trainer_takes(tmp_path: Path) -> None:
     whole = made(tmp_path, "a", 0, 50)
     names = ("training", "validation", "test")
