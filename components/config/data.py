@@ -13,7 +13,8 @@ class Source:
     """One `[[data.sources]]` or `[[validation.sources]]` table: documents of one origin, and how they are read."""
 
     name: str = ""
-    """How reports and messages call it; each name once. Empty: the dataset's name, or the last part of the path."""
+    """How reports and messages call it; each name once, of characters that print. Empty: the dataset's name, or the
+    last part of the path."""
     dataset: str | None = None
     """Registered name of the dataset, as in `training.dataset`; needs no `path`."""
     path: NonEmpty | None = None

@@ -83,6 +83,9 @@ def _tables(job: JobConfig, key: str, sources: list[Source]) -> Iterator[str]:
         name = name_of(source)
         if counts[name] > 1:
             yield f"{key}[{i}].name: {counts[name]} sources are called {name!r}; give each a name of its own"
+        if not name.isprintable():  # a terminal that shows it would obey some
+            why = "which has characters that do not print; give it a name without such"
+            yield f"{key}[{i}].name: the source is called {name!r}, {why}"
 
 
 def _table(job: JobConfig, source: Source) -> Iterator[str]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from components.data.inspecting.marked import harmless
 from components.data.inspecting.view import Piece, RowView
 from components.mesh.batch import IGNORE
 
@@ -92,7 +93,7 @@ class Survey:
             wanted = f"{shares[name]:.1%}" if name in shares else "n/a"
             trained, share = percent(tally.trained, tally.tokens), percent(getattr(tally, self.unit), total)
             served = f"{had[name]:,}" if name in had else "n/a"
-            rows.append((name, f"{tally.tokens:,}", f"{tally.documents:,}", trained, share, wanted, served))
+            rows.append((harmless(name), f"{tally.tokens:,}", f"{tally.documents:,}", trained, share, wanted, served))
         return rows
 
     def plain(self) -> dict[str, Any]:

@@ -217,6 +217,11 @@ def test_shares_of_documents() -> None:
     ]
 
 
+def test_names_are_made_harmless() -> None:
+    found = survey(view(["x"], 3, origins=[origin("a\x1b[2J", "a:1", 0, 3)]))
+    assert found.source_rows({})[1][0] == "a\\x1b[2J"
+
+
 def test_sums_without_origins() -> None:
     sums = survey(view(["x y", "z"], 10))
     assert (sums.sources, sums.whole, dict(sums.lengths)) == ({}, False, {4: 1, 3: 1})

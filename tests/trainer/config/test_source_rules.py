@@ -81,6 +81,19 @@ def test_names_are_unique_and_follow_from_paths(tmp_path: Path) -> None:
     ]
 
 
+def test_names_are_of_characters_that_print(tmp_path: Path) -> None:
+    """Reports and messages bring them to a terminal, which would obey others."""
+    paths = ("a/naïve 日本.jsonl", "b/\\u001b[2J.jsonl", "b/x\\u009b.jsonl")
+    toml = "".join(f'[[data.sources]]\npath = "{path}"\n' for path in paths)
+    toml += '[[data.sources]]\npath = "x"\nname = "a\\u202eb\\n"\n'
+    names = {1: r"'\x1b[2J'", 2: r"'x\x9b'", 3: r"'a\u202eb\n'"}
+    assert problems(toml, tmp_path) == [
+        f"{tmp_path}/job.toml:{line}: data.sources[{i}].name: the source is called {names[i]}, which has"
+        " characters that do not print; give it a name without such"
+        for i, line in ((1, 3), (2, 5), (3, 9))
+    ]
+
+
 def test_validation_takes_no_pairs(tmp_path: Path) -> None:
     toml = '[[validation.sources]]\npath = "x.jsonl"\nkind = "preference"\n'
     assert problems(toml, tmp_path) == []
