@@ -152,6 +152,8 @@ class HellaSwag:
         endings, label = (_column(fields, x, where) for x in ("endings", "label"))
         if not isinstance(endings, list | tuple) or not all(isinstance(x, str) for x in endings):
             raise bad(where, "column 'endings' is not a list of texts")
+        if not endings:
+            raise bad(where, "column 'endings' is empty: there is no ending to learn")
         if label == "":
             raise bad(where, "column 'label' is empty, as in the test split; train on another")
         number = int(label) if isinstance(label, int) or (isinstance(label, str) and label.isdecimal()) else -1

@@ -95,6 +95,7 @@ def test_hellaswag() -> None:
     for label in ("4", -1, "x", None):
         assert refused(HellaSwag(), {**SWAG, "label": label}) == f"column 'label' is {label!r}; allowed are 0 to 3"
     assert refused(HellaSwag(), {**SWAG, "endings": "x"}) == "column 'endings' is not a list of texts"
+    assert refused(HellaSwag(), {**SWAG, "endings": []}) == "column 'endings' is empty: there is no ending to learn"
 
 
 def test_plain_layout() -> None:
