@@ -10,6 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -238,8 +239,8 @@ def _check(options: Options) -> None:
         raise DataError(f"--keys {','.join(keys)}: give one or more different names, none with a slash")
     if options.plain and len(keys) > 1:
         raise DataError(f"--plain: {len(keys)} keys need names of their own; leave it out, or give one key")
-    if options.save_every < 0:
-        raise DataError(f"--save-every {options.save_every}: give seconds from 0 on")
+    if not 0 <= options.save_every < inf:  # nan is no number of seconds either
+        raise DataError(f"--save-every {options.save_every}: give seconds from 0 on, not infinitely many")
 
 
 def open_tokenizer(path: str) -> Tokenizer:

@@ -212,7 +212,9 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     assert message(tmp_path, file, dtype="float32") == (
         "--dtype float32: no such type; allowed: uint8, int8, int16, uint16, int32, int64"
     )
-    assert message(tmp_path, file, save_every=-1.0) == "--save-every -1.0: give seconds from 0 on"
+    for seconds in ("-1.0", "nan", "inf"):
+        said = f"--save-every {seconds}: give seconds from 0 on, not infinitely many"
+        assert message(tmp_path, file, save_every=float(seconds)) == said
     assert message(tmp_path, file, eod_token="<|no|>") == (
         "--eod-token <|no|>: the tokenizer has no such token; give one that it has"
     )
