@@ -64,15 +64,17 @@ def table(found: dict[str, Any]) -> str:
     lines = []
     for name, value in found.items():
         if isinstance(value, dict):
-            value = ", ".join(f"{k} {v:,}" for k, v in value.items())
+            value = ", ".join(f"{k} {'n/a' if v is None else f'{v:,}'}" for k, v in value.items())
         lines.append(f"{name.replace('_', ' ')}: {value:,}" if isinstance(value, int) else f"{name}: {value}")
     return "\n".join(lines)
 
 
-def _extremes(prefix: str, tokenizer: Tokenizer | None) -> dict[str, int]:
-    """Smallest and largest id. Raises DataError if they are not in the vocabulary."""
+def _extremes(prefix: str, tokenizer: Tokenizer | None) -> dict[str, int | None]:
+    """Smallest and largest id, None of no tokens. Raises DataError if they are not in the vocabulary."""
     index, tokens = open_index(stem(prefix))
     dtype = index.header.dtype
+    if not tokens.size:
+        return {"min": None, "max": None}
     low = high = 0
     for at in range(0, tokens.size, PIECE * dtype.itemsize):
         ids = tokens.array(dtype, at, min(PIECE, (tokens.size - at) // dtype.itemsize))

@@ -126,7 +126,9 @@ def test_files_of_no_tokens_can_be_divided_and_looked_at(tmp_path: Path) -> None
     with IndexedWriter(tmp_path / "none", np.uint16) as writer:
         writer.add_documents(np.empty(0, np.uint16), [], [0, 0, 0])
     assert [x.documents for x in split_documents(str(tmp_path / "none"), str(tmp_path / "x"), 2)] == [2, 1]
-    assert stats(str(tmp_path / "x_00000"), validate=True)["tokens"] == 0
+    found = stats(str(tmp_path / "x_00000"), validate=True)
+    assert (found["tokens"], found["ids"]) == (0, {"min": None, "max": None})
+    assert table(found).splitlines()[-1] == "ids: min n/a, max n/a"
     with IndexedWriter(tmp_path / "nothing", np.uint16):
         pass
     assert split_documents(str(tmp_path / "nothing"), str(tmp_path / "y"), 2) == []
