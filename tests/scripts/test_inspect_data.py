@@ -163,6 +163,9 @@ def test_from_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert refused(capsys, *TINY, "--checkpoint", folder, "--start-step=2") == (
         "error: --start-step 2: the checkpoint is of step 2; take 3 or more\n"
     )
+    for keys, had in ((), 12 * 24), (("--start-step=5",), 36 * 24):  # no cursor knows of what is begun, as all is here
+        after = json.loads(shown(capsys, *TINY, "--checkpoint", folder, *keys, "--stats-rows=12", "--json"))["survey"]
+        assert [*after["served"].values()] == [had]
     assert "the saved loader state belongs to other data: seq_len was 24, is 16" in refused(
         capsys, *TINY, "--training.seq_len=16", "--checkpoint", folder
     )
@@ -386,7 +389,10 @@ def test_documents_of_token_files(job: Path, capsys: pytest.CaptureFixture[str],
         for ids in documents:
             writer.add_document(np.array(ids))
     keys = (f"--training.dataset_path={tmp_path / 'ids'}", f"--data.order={order}", "--training.steps=6")
-    found = rows(capsys, job, *keys, f"--data.cache_folder={tmp_path / 'cache'}", "--rows=12")
+    keys = (*keys, f"--data.cache_folder={tmp_path / 'cache'}")
+    found = rows(capsys, job, *keys, "--rows=12")
+    later = json.loads(shown(capsys, job, *keys, "--start-step=4", "--stats-rows=5", "--json"))["survey"]
+    assert later["served"] == {"words": 6 * 8 + 5 * 8}
     seen = set()
     for row in found:
         for piece in row["documents"]:
