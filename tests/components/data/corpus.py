@@ -14,11 +14,16 @@ import torch
 import zstandard
 from torch import Tensor
 
+from components.config.data import Source
 from components.config.training import DataLoader
+from components.data.chat.encoder import ChatEncoder
+from components.data.chat.template import load_chat_template
 from components.data.documents import RandomAccess, Read, Sequential, place_of
 from components.data.encoding import Encoder, TextEncoder, TokensEncoder, Where, text_in
 from components.data.files import open_files
+from components.data.fim import FimEncoder, Marks
 from components.data.indexed import IndexedRows, SyntheticRows
+from components.data.instruction import build_instruction_encoder
 from components.data.loader import Loader, StepRows
 from components.data.mixture import StreamSource
 from components.data.order import deal
@@ -117,7 +122,8 @@ MIXINGS = ("one", "tokens", "documents", "limited")
 def mixed(
     folder: Path, kind: str, mixing: str, *, streams: int = 6, seed: int | None = 7, packing: Any = "concat"
 ) -> RowSource:
-    """Small sources of one kind ("random", "sequential", "ids", or each of another: "mixed"; "synthetic"), mixed."""
+    """Small sources of one kind, mixed: "random", "sequential", "ids", "chat", "instruction", "fim", or "mixed", which
+    is the first three; "synthetic" is one of rows."""
     if kind == "synthetic":
         return synthetic(4)
     several = mixing != "one"
@@ -144,12 +150,46 @@ def _source_of(
     source: RandomAccess | Sequential
     if kind == "ids":
         source, encoder = Numbered([len(x) // 4 for x in documents]), TokensEncoder(1 << 20)
+    elif kind in LEARNT:
+        path = folder / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(_talk(x)) + "\n" for x in documents))
+        source, encoder = open_files(str(path), None), LEARNT[kind](name)
     else:
         path = folder / f"{name}.{'jsonl' if kind == 'random' else 'jsonl.gz'}"
         source = open_files(str(path if path.exists() else write_lines(path, documents)))
     epochs = 2 if mixing == "limited" and number == 1 else None
     dealt = deal(source, name=name, streams=streams, seed=seed, epochs=epochs, window=5)
     return StreamSource(name, dealt, encoder, (0.7, 0.2, 0.1)[number])
+
+
+def _talk(text: str) -> dict[str, Any]:
+    """A record that is text, a question with its answer, and a chat."""
+    asked, said = text or "def", text[::-1] or "x"
+    messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+    return {"text": text, "asked": asked, "said": said, "messages": messages}
+
+
+def _chat_encoder(name: str) -> Encoder:
+    template = load_chat_template("tests/assets/tokenizer", "tests/assets/chat_templates/zephyr.jinja")
+    assert template is not None
+    return ChatEncoder(tokenizer(), template)
+
+
+def _instruction_encoder(name: str) -> Encoder:
+    return build_instruction_encoder(Source(kind="instruction", prompt="{asked}", answer="{said}"), tokenizer(), None)
+
+
+def _fim_encoder(name: str) -> Encoder:
+    draws: dict[str, Any] = {"rate": 0.7, "spm_rate": 0.4, "seed": 7, "source": name}
+    return FimEncoder(tokenizer(), "text", marks=Marks(2001, 2002, 2003), add_bos=True, add_eos=True, **draws)
+
+
+LEARNT: dict[str, Callable[[str], Encoder]] = {
+    "chat": _chat_encoder,
+    "instruction": _instruction_encoder,
+    "fim": _fim_encoder,
+}
+"""Kinds of sources whose records are more than text, and what encodes them."""
 
 
 def synthetic(global_batch: int) -> IndexedRows:

@@ -16,10 +16,12 @@ from tests.components.data.corpus import MIXINGS, interleave, loaders, mixed, ru
 
 BATCH = 4
 STEPS = 12  # more than two epochs of the first source, four of the last
+LAST = 6
+"""Steps of what is restored everywhere."""
 PACKINGS = ("concat", "best_fit", "padded")
 SOURCES = [
     *((k, p, m) for k in ("random", "sequential", "ids") for p in PACKINGS for m in MIXINGS),
-    *(("mixed", p, "limited") for p in PACKINGS),
+    *((k, p, "limited") for k in ("mixed", "chat", "instruction", "fim") for p in PACKINGS),
     ("synthetic", "concat", "one"),
 ]
 WORKERS = pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
@@ -89,10 +91,22 @@ def test_workers_change_nothing(tmp_path: Path, kind: str, packing: str, mixing:
 
 @pytest.mark.slow
 @WORKERS
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [0, 1, 3])
 @pytest.mark.parametrize(("kind", "packing", "mixing"), SOURCES)
-def test_workers_change_nothing_anywhere(tmp_path: Path, kind: str, packing: str, mixing: str, workers: int) -> None:
-    with_workers(tmp_path, kind, packing, mixing, workers)
+def test_restore_anywhere(tmp_path: Path, kind: str, packing: str, mixing: str, workers: int) -> None:
+    """At every position, on every layout; each restore begins from what another layout has left."""
+
+    def source() -> RowSource:
+        return mixed(tmp_path, kind, mixing, packing=packing)
+
+    first = loaders(source(), BATCH, 1)
+    state, whole = first[0].state_dict([]), digest(list(run(first, LAST)))
+    for at in range(LAST):
+        for degree in (1, 2, 4):
+            ranks = resumed(source(), state, degree, workers)
+            rest = list(run(ranks, LAST - at))
+            assert digest(rest) == whole[at:]
+        state = ranks[0].state_dict(rest[0][1])
 
 
 @pytest.mark.parametrize("kind", ["mixed", "synthetic"])
