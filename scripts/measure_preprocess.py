@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from components.data.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = ROOT / "tests/assets/tokenizer"
+FOLDER = "tokenizer"  # its copy beside the corpus, where all programs look
 BATCH = 4 << 20  # characters; larger ones are not faster, and take a hundred times their size of memory
 NAMES = ("encode_batch_fast, threads", "encode_batch_fast, processes", "preprocess_data.py run")
 TURN, LOOK = 1.0, 0.01  # seconds
@@ -69,7 +71,7 @@ def write_corpus(path: Path, size: int, one_line: bool) -> None:
 def alone(path: Path, share: int, of: int, begin: Path) -> tuple[float, int]:
     """Encode every `of`-th batch; seconds of the processor, and tokens. Marks the file `begin` when texts are read."""
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if of == 1 else "false"
-    backend = load_tokenizer(str(TOKENIZER))._backend
+    backend = load_tokenizer(str(path.parent / FOLDER))._backend
     batches, held = [[]], 0
     with path.open(encoding="utf-8") as file:
         for line in file:
@@ -137,7 +139,7 @@ class Program:
 def tool(path: Path, workers: int) -> list[str]:
     """The command that is measured; without end tokens, which the yardsticks have not."""
     command = [sys.executable, str(ROOT / "scripts/preprocess_data.py"), "run", "--input", str(path), "--overwrite"]
-    command += ["--output", str(path.with_suffix("")), "--tokenizer", str(TOKENIZER), "--no-append-eod"]
+    command += ["--output", str(path.with_suffix("")), "--tokenizer", str(path.parent / FOLDER), "--no-append-eod"]
     return [*command, "--workers", str(workers)]
 
 
@@ -173,6 +175,7 @@ def main(argv: list[str]) -> int:
     top.add_argument("--megabytes", type=int, default=100)
     top.add_argument("--rounds", type=int, default=3)
     top.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    top.add_argument("--tokenizer", type=Path, default=TOKENIZER, metavar="FOLDER", help="with tokenizer.json in it")
     top.add_argument("--memory", action="store_true", help="run the tool alone, once")
     top.add_argument("--one-line", action="store_true", help="as a single document")
     top.add_argument("--alone", type=Path, help=argparse.SUPPRESS)
@@ -182,6 +185,7 @@ def main(argv: list[str]) -> int:
         return 0
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "corpus.jsonl")
+        shutil.copytree(args.tokenizer, path.parent / FOLDER)
         write_corpus(path, args.megabytes * 1_000_000, args.one_line)
         if args.memory:
             program = Program(tool(path, args.workers))
